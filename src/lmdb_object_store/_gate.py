@@ -1,0 +1,146 @@
+"""The gate: reads pass it together; growth, adoption and close hold it alone.
+
+LMDB's map can't be moved or unmapped while a transaction is open on it, so
+whoever does that must know that no read is in the map. Two kinds of reader are
+told apart:
+
+- A thread *in the gate* has a transaction or a view of the map in its hands. It
+  runs none of the user's code there, so it leaves within microseconds, and who
+  wants the gate alone waits for it.
+- A `Pin` outlives one passage: the value being unpickled piece by piece, the
+  keys of one `get_many`. User code runs meanwhile, for as long as it likes, so
+  nobody waits for a pin: who has the gate alone makes it *detach*, that is copy
+  what it still needs, and it goes on from the copy.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from threading import RLock, get_ident
+from typing import Any, TypeVar
+
+from .exceptions import BusyError
+
+_R = TypeVar("_R")
+
+_SLICE = 0.05
+"""Seconds for which readers are kept out while one of them does not leave."""
+
+
+class Pin(ABC):
+    """A read that spans several passages of the gate. Weakly known to the gate."""
+
+    __slots__ = ("__weakref__",)
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Copy what is still needed out of the map, and end the transaction.
+
+        Called by whoever holds the gate alone; calling it again does nothing.
+        """
+
+
+class Gate:
+    """Who reads, and who wants no reads.
+
+    A reader enters itself in `readers`, *then* looks at `barred`; who wants the
+    gate alone sets `barred`, *then* looks at `readers`: one always sees the other.
+
+    Entering is ``readers[me] = ...`` directly followed by ``try:``, and leaving
+    the first statement of its ``finally:``. CPython (3.10 and later) delivers
+    signals at calls and backward jumps only, so no KeyboardInterrupt can come
+    between, and no reader stays counted. For the same reason the functions here
+    take the work as a callable: a context manager written in Python could be
+    interrupted between having entered and the start of its block.
+    """
+
+    def __init__(self) -> None:
+        # Threads that read: True in the gate, False while they run user code.
+        self.readers: dict[int, bool] = {}
+        # The thread that holds the gate alone.
+        self.barred: int | None = None
+        # Held while barred, for readers to wait on.
+        self._bar = RLock()
+        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
+
+    def shared(self, action: Callable[..., _R], *args: Any) -> _R:
+        """Call `action` in the gate; it must not run user code."""
+        readers = self.readers
+        me = get_ident()
+        outer = readers.get(me)
+        readers[me] = True
+        try:
+            if self.barred is not None:
+                self.give_way(me, outer)
+            return action(*args)
+        finally:
+            if outer is None:
+                del readers[me]
+            else:
+                readers[me] = outer
+
+    def reading(self, action: Callable[..., _R], *args: Any) -> _R:
+        """Call `action`, a read outside the gate: it may run user code."""
+        readers = self.readers
+        me = get_ident()
+        outer = readers.get(me)
+        readers[me] = outer or False
+        try:
+            return action(*args)
+        finally:
+            if outer is None:
+                del readers[me]
+
+    def give_way(self, me: int, outer: bool | None) -> None:
+        """Leave the gate while somebody else holds it alone, then enter again.
+
+        A read nested in one that is in the gate (a signal handler's, say) goes
+        on: the holder is still waiting for the outer one.
+        """
+        while not outer and self.barred not in (None, me):
+            self.readers[me] = False
+            with self._bar:
+                pass
+            self.readers[me] = True
+
+    def pin(self, pin: Pin) -> None:
+        """Make `pin` detach before the map moves. Call it in the gate."""
+        self._pins.add(pin)
+
+    def alone(self, timeout: float, action: Callable[..., _R], *args: Any) -> _R:
+        """Call `action` when no thread is in the gate and all pins are detached.
+
+        The caller holds the write lock, and so is the only one here.
+
+        Raises
+        ------
+        BusyError
+            A read (on this thread: at once) did not leave within `timeout` seconds.
+        """
+        me = get_ident()
+        deadline = time.monotonic() + timeout
+        while not self.readers.get(me):
+            with self._bar:
+                self.barred = me
+                try:
+                    if self._drained():
+                        for pin in list(self._pins):
+                            pin.detach()
+                        return action(*args)
+                finally:
+                    self.barred = None
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_SLICE)  # a reader is stuck: let the others read
+        raise BusyError("A read in progress does not end, so the map can't be moved.")
+
+    def _drained(self) -> bool:
+        deadline = time.monotonic() + _SLICE
+        while True in self.readers.values():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0001)
+        return True

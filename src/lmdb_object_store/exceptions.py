@@ -1,0 +1,45 @@
+"""What the store raises beside `TypeError`, `ValueError` and `KeyError`.
+
+Each class is a subclass of what py-lmdb or Python would raise for the same
+thing, so that ``except lmdb.MapFullError`` and ``except GrowthError`` both work.
+"""
+
+import lmdb
+
+
+class ClosedError(lmdb.Error):
+    """The store is closed."""
+
+
+class ReadOnlyError(lmdb.ReadonlyError):
+    """The store was opened with ``readonly=True`` and can't be written to."""
+
+
+class SizeError(lmdb.BadValsizeError, ValueError):
+    """A key is empty or too long, or a pickled value is larger than LMDB stores."""
+
+
+class GrowthError(lmdb.MapFullError):
+    """The map is full and can't grow; whatever was pending is still pending."""
+
+
+class DiskError(lmdb.DiskError):
+    """The disk is full or failing; whatever was pending is still pending."""
+
+
+class BusyError(lmdb.Error):
+    """The call can't be served at this moment without a deadlock.
+
+    Raised to code that runs *inside* an operation of the same store on the same
+    thread (a signal handler, a finalizer, an unpickling), and after
+    `LmdbObjectStore.growth_timeout` seconds to a call that waits for reads that
+    don't end.
+    """
+
+
+class UnpickleError(RuntimeError):
+    """A stored value can't be unpickled; the cause is chained."""
+
+
+class LostWritesError(RuntimeError):
+    """The final flush failed; `LmdbObjectStore.write_buffer` holds what was lost."""

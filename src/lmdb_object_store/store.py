@@ -1,0 +1,537 @@
+"""`LmdbObjectStore`: what users meet. Keys, options and pickling; no locks."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from pickle import HIGHEST_PROTOCOL, dumps
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
+
+import lmdb
+
+from ._environment import ABSENT, SharedEnvironment
+from ._keys import KeyCodec, describe
+from .exceptions import GrowthError, LostWritesError, SizeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, TypeVar
+
+    _K = TypeVar("_K", default="bytes | bytearray | memoryview | str")
+    _V = TypeVar("_V", default=Any)
+    _T = TypeVar("_T")
+else:
+    from typing import TypeVar
+
+    _K = TypeVar("_K")
+    _V = TypeVar("_V")
+
+_DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
+
+
+class LmdbObjectStore(Generic[_K, _V]):
+    """A thread-safe, dict-like store of Python objects in one LMDB file.
+
+    Values are pickled, so never open a file from somebody you don't trust:
+    unpickling can run any code.
+
+    Writes are collected in a buffer and reach the disk in one transaction when
+    `batch_size` or `batch_bytes` is reached, at `flush`, at `close`, and before
+    reads that have to go to the database (`autoflush_on_read`). Reads always see
+    what this process wrote. The map grows by itself.
+
+    Any number of threads may use one store, and so may code that runs inside its
+    own operations: pickling hooks, finalizers, signal handlers. Other processes
+    may open the same file, each with a store of its own; a child made by fork has
+    to open its own, too.
+
+    Parameters
+    ----------
+    db_path : str or os.PathLike
+        Where the environment lives, as for `lmdb.open`: a directory, or a file
+        with ``subdir=False``.
+    batch_size : int
+        Buffered operations (puts and deletions) that trigger a flush, >= 1.
+    autoflush_on_read : bool
+        Flush before reads that must go to the database. Can be set later.
+    key_encoding : str, optional
+        A codec such as ``"utf-8"``, which allows str keys. Without it keys are
+        bytes, bytearray or memoryview.
+    key_errors : str
+        The codec's error handler. ``"ignore"`` and ``"replace"`` can make one
+        key of different ones; ``"surrogateescape"`` round-trips any bytes.
+    str_normalize : {"NFC", "NFD", "NFKC", "NFKD"}, optional
+        The normal form that str keys are brought to before they are encoded.
+    batch_bytes : int
+        Bytes of buffered keys and pickled values that trigger a flush, >= 1.
+    max_map_size : int, optional
+        Bytes up to which the map may grow by itself; None sets no limit.
+    growth_timeout : float
+        Seconds for which growth (and close) wait for reads that don't end.
+    **lmdb_kwargs
+        Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
+        ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
+        ``max_spare_txns`` other than 0 is refused, as it breaks fork.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option that is not one of the above, or out of its range.
+    lmdb.Error
+        The environment can't be opened.
+    """
+
+    autoflush_on_read: bool
+
+    def __init__(
+        self,
+        db_path: str | os.PathLike[str],
+        batch_size: int = 1000,
+        *,
+        autoflush_on_read: bool = True,
+        key_encoding: str | None = None,
+        key_errors: str = "strict",
+        str_normalize: str | None = None,
+        batch_bytes: int = 64 * 2**20,
+        max_map_size: int | None = None,
+        growth_timeout: float = 60.0,
+        **lmdb_kwargs: Any,
+    ) -> None:
+        self.batch_size = batch_size
+        self.batch_bytes = batch_bytes
+        self.autoflush_on_read = bool(autoflush_on_read)
+        codec = self._codec = KeyCodec(key_encoding, key_errors, str_normalize)
+        self._db_path = os.path.abspath(os.fsdecode(db_path))
+        map_size = lmdb_kwargs.get("map_size")
+        if max_map_size is not None:
+            _check_int("max_map_size", max_map_size, map_size or 1)
+            lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
+        _check_timeout(growth_timeout)
+        if lmdb_kwargs.get("max_spare_txns"):
+            raise ValueError(
+                "max_spare_txns must be 0: cached transactions don't survive a fork."
+            )
+        self._env = SharedEnvironment(
+            self._db_path, lmdb_kwargs, max_map_size, growth_timeout
+        )
+        codec.max_size = self._max_key = self._env.env.max_key_size()
+        # At exit the module's own atexit function flushes; here the handle may
+        # still be in use.
+        finalizer = weakref.finalize(self, self._env.abandon)
+        finalizer.atexit = False
+
+    # Reads
+
+    @overload
+    def get(self, key: _K) -> _V | None: ...
+    @overload
+    def get(self, key: _K, default: _V | _T) -> _V | _T: ...
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return the value of `key`, or `default`.
+
+        One dict look-up for a pending write, else one LMDB read.
+
+        Raises
+        ------
+        TypeError, SizeError
+            A key of another type than the store takes, empty or too long.
+        UnpickleError
+            A RuntimeError: the stored value can't be unpickled.
+        """
+        if type(key) is not bytes or not 0 < len(key) <= self._max_key:
+            key = self._codec.encode(key)
+        env = self._env
+        buffer = env.buffer
+        if buffer:
+            raw = buffer.get(key, ABSENT)
+            if raw is None:
+                return default
+            if raw is not ABSENT:
+                return env.unpickle_buffered(key, raw)
+            if self.autoflush_on_read:
+                env.flush_for_read()
+        return env.read(key, default)
+
+    def __getitem__(self, key: _K) -> _V:
+        """Return the value of `key`; KeyError if there is none. See `get`."""
+        value = self.get(key, ABSENT)
+        if value is ABSENT:
+            raise self._key_error(key)
+        return value
+
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[False] = False,
+        decode_not_found: Literal[False] | None = None,
+    ) -> tuple[dict[bytes, _V], list[_K]]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[False] = False,
+        decode_not_found: Literal[True],
+    ) -> tuple[dict[bytes, _V], list[str]]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[True],
+        decode_not_found: Literal[True] | None = None,
+    ) -> tuple[dict[str, _V], list[str]]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[True],
+        decode_not_found: Literal[False],
+    ) -> tuple[dict[str, _V], list[_K]]: ...
+    def get_many(
+        self,
+        keys: Iterable[Any],
+        *,
+        decode_keys: bool = False,
+        decode_not_found: bool | None = None,
+    ) -> tuple[dict[Any, Any], list[Any]]:
+        """Return what is stored under many keys, all as of one moment.
+
+        Parameters
+        ----------
+        keys : iterable
+            Any iterable of keys. It is run before anything is read.
+        decode_keys : bool
+            Return the found keys as str instead of bytes.
+        decode_not_found : bool, optional
+            Return the missing keys as str; None follows `decode_keys`.
+
+        Returns
+        -------
+        found : dict
+            The values by encoded (or decoded) key, in the order of `keys`.
+        not_found : list
+            The keys of the input that are missing, as given (or decoded).
+
+        Raises
+        ------
+        TypeError
+            `keys` is a single str or bytes, or holds something that is no key.
+        ValueError
+            Decoding is asked for and `key_encoding` is None, or a key does not
+            decode.
+        UnpickleError
+            One of the values can't be unpickled.
+        """
+        if isinstance(keys, (str, bytes, bytearray, memoryview)):
+            raise TypeError(
+                f"get_many() takes an iterable of keys, not a single "
+                f"{type(keys).__name__}; use get(), or put the key in a list."
+            )
+        codec = self._codec
+        given = list(keys)
+        encoded = [codec.encode(key) for key in given]
+        if decode_not_found is None:
+            decode_not_found = decode_keys
+        # Decoded first, so that what can't be decoded is refused unread.
+        texts = (
+            {key: codec.decode(key) for key in encoded}
+            if decode_keys or decode_not_found
+            else {}
+        )
+        env = self._env
+        if env.buffer and self.autoflush_on_read:
+            env.flush_for_read()
+        found = env.read_many(dict.fromkeys(encoded))
+        names = map(texts.__getitem__, encoded) if decode_not_found else given
+        not_found = [n for n, key in zip(names, encoded, strict=True) if key not in found]
+        if decode_keys:
+            found = {texts[key]: value for key, value in found.items()}
+        return found, not_found
+
+    def exists(self, key: _K, *, flush: bool | None = None) -> bool:
+        """Return whether there is a value under `key`; nothing is unpickled.
+
+        Parameters
+        ----------
+        key
+            As for `get`.
+        flush : bool, optional
+            True flushes first, and raises if that fails; False never flushes;
+            None follows `autoflush_on_read`.
+        """
+        key = self._codec.encode(key)
+        env = self._env
+        if flush and not env.readonly:
+            env.flush()
+        pending = env.buffer.get(key, ABSENT)
+        if pending is not ABSENT:
+            return pending is not None
+        if flush is None and env.buffer and self.autoflush_on_read:
+            env.flush_for_read()
+        return env.read(key, False, True)
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is a value under `key`. Never flushes."""
+        if type(key) is not bytes or not 0 < len(key) <= self._max_key:
+            key = self._codec.encode(key)
+        env = self._env
+        pending = env.buffer.get(key, ABSENT) if env.buffer else ABSENT
+        if pending is not ABSENT:
+            return pending is not None
+        return env.read(key, False, True)
+
+    # Writes
+
+    def put(self, key: _K, obj: _V) -> None:
+        """Store `obj` under `key`.
+
+        It is pickled at once, so later changes of `obj` are not stored, and
+        written with the next flush. If this put makes a batch full and the flush
+        fails, the put is refused: it raises and changes nothing.
+
+        Raises
+        ------
+        TypeError, SizeError
+            A bad key, or a value of 4 GiB or more.
+        GrowthError
+            The map is at `max_map_size` or can't grow, or the value alone can
+            never fit below `max_map_size`.
+        DiskError, lmdb.Error
+            The flush failed.
+        ReadOnlyError, ClosedError
+            The store can't be written to.
+        Exception
+            Whatever pickling `obj` raises.
+        """
+        if type(key) is not bytes or not 0 < len(key) <= self._max_key:
+            key = self._codec.encode(key)
+        raw = self._pickle(key, obj)
+        self._env.write(key, raw, self._batch_size, self._batch_bytes)
+
+    __setitem__ = put
+
+    def put_many(self, items: Mapping[_K, _V] | Iterable[tuple[_K, _V]]) -> None:
+        """Store many values in one transaction: all of them, or none.
+
+        Pending writes are flushed first. `items` is run and pickled before any
+        lock is taken; the pickled values are all in memory then. The last one of
+        a duplicate key wins.
+
+        Raises
+        ------
+        See `put`. Nothing of `items` has been written then.
+        """
+        batch: dict[bytes, bytes | None] = {}
+        encode = self._codec.encode
+        for item in items.items() if isinstance(items, Mapping) else items:
+            try:
+                key, obj = item
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"put_many() takes a mapping or pairs of key and value, not "
+                    f"{type(item).__name__}"
+                ) from None
+            encoded = encode(key)
+            batch[encoded] = self._pickle(encoded, obj)
+        self._env.write_many(batch)
+
+    def delete(self, key: _K) -> None:
+        """Delete what is stored under `key`, if anything. Buffered, like `put`."""
+        key = self._codec.encode(key)
+        self._env.write(key, None, self._batch_size, self._batch_bytes)
+
+    def __delitem__(self, key: _K) -> None:
+        """Delete what is stored under `key`; KeyError if there is nothing.
+
+        Looking and deleting are one step for all threads of this process.
+        """
+        if not self._env.remove(self._codec.encode(key), self._batch_size):
+            raise self._key_error(key)
+
+    # Flush and close
+
+    def flush(self) -> None:
+        """Write everything that is pending to the database, in one transaction.
+
+        Durable when it returns, unless the store was opened with ``sync=False``,
+        ``metasync=False`` or ``map_async=True``. If it raises, everything is
+        still pending, and the next flush can succeed. (Where the map is at
+        `max_map_size`, deletions are committed first, by themselves.)
+
+        Raises
+        ------
+        GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
+            As for `put`.
+        """
+        self._env.flush()
+
+    def close(self, *, strict: bool = False) -> None:
+        """Flush, wait for reads in the database to end, sync and close.
+
+        Closing again does nothing. A value that another thread is unpickling
+        at this moment is unpickled to its end.
+
+        Parameters
+        ----------
+        strict : bool
+            Raise what the final flush failed with, after everything is closed,
+            instead of logging it only.
+
+        Raises
+        ------
+        LostWritesError
+            A RuntimeError, with `strict`; `write_buffer` still holds what was lost.
+        BusyError
+            Called while the same thread is inside another operation.
+        """
+        error = self._env.close()
+        if error is not None and strict:
+            raise LostWritesError("Final flush failed during close()") from error
+
+    @property
+    def closed(self) -> bool:
+        """Whether the store is closed."""
+        return self._env.closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; raise on lost writes unless the block itself raises."""
+        self.close(strict=exc_type is None)
+
+    # Attributes
+
+    @property
+    def db_path(self) -> str:
+        """The path of the environment, absolute."""
+        return self._db_path
+
+    @property
+    def key_encoding(self) -> str | None:
+        """The codec of str keys, or None."""
+        return self._codec.encoding
+
+    @property
+    def key_errors(self) -> str:
+        """The error handler of that codec."""
+        return self._codec.errors
+
+    @property
+    def str_normalize(self) -> str | None:
+        """The normal form of str keys, or None."""
+        return self._codec.normalize
+
+    @property
+    def env(self) -> lmdb.Environment:
+        """The environment, for what the store does not wrap.
+
+        It may be replaced by another object after an I/O error. Transactions of
+        your own must end before the map grows: growing invalidates them.
+        """
+        return self._env.env
+
+    @property
+    def write_buffer(self) -> Mapping[bytes, bytes | None]:
+        """A copy of the pending writes: pickled values, None for a deletion.
+
+        After a failed close, what was lost.
+        """
+        return MappingProxyType(dict(self._env.lost or self._env.buffer))
+
+    @property
+    def batch_size(self) -> int:
+        """Buffered operations that trigger a flush."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        _check_int("batch_size", value, 1)
+        self._batch_size = value
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of buffered keys and pickled values that trigger a flush."""
+        return self._batch_bytes
+
+    @batch_bytes.setter
+    def batch_bytes(self, value: int) -> None:
+        _check_int("batch_bytes", value, 1)
+        self._batch_bytes = value
+
+    @property
+    def max_map_size(self) -> int | None:
+        """Bytes up to which the map may grow by itself, or None.
+
+        A map that is larger already stays as it is.
+        """
+        return self._env.max_map_size
+
+    @max_map_size.setter
+    def max_map_size(self, value: int | None) -> None:
+        if value is not None:
+            _check_int("max_map_size", value, 1)
+        self._env.set_cap(value)
+
+    @property
+    def growth_timeout(self) -> float:
+        """Seconds for which growth and close wait for reads that don't end."""
+        return self._env.growth_timeout
+
+    @growth_timeout.setter
+    def growth_timeout(self, value: float) -> None:
+        _check_timeout(value)
+        self._env.growth_timeout = value
+
+    # Helpers
+
+    def _pickle(self, key: bytes, obj: object) -> bytes:
+        try:
+            raw = dumps(obj, HIGHEST_PROTOCOL)
+        except Exception as error:
+            # What add_note() does, which 3.10 doesn't have.
+            notes = getattr(error, "__notes__", [])
+            error.__notes__ = [*notes, f"while pickling the value of {describe(key)}"]  # type: ignore[attr-defined]
+            raise
+        if len(raw) > self._env.max_value:
+            self._refuse_value(key, len(raw))
+        return raw
+
+    def _refuse_value(self, key: bytes, size: int) -> None:
+        cap = self._env.max_map_size
+        if cap is not None:
+            raise GrowthError(
+                f"The value of {describe(key)} takes {size} bytes and can never fit "
+                f"below max_map_size ({cap} bytes)."
+            )
+        raise SizeError(
+            f"The value of {describe(key)} takes {size} bytes; LMDB stores values "
+            "below 4 GiB. Store it in pieces."
+        )
+
+    def _key_error(self, key: Any) -> KeyError:
+        return KeyError(f"Key not found: {describe(self._codec.encode(key))}")
+
+
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {value}")
+
+
+def _check_timeout(value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"growth_timeout must be a number, not {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"growth_timeout must not be negative or NaN, not {value}")
