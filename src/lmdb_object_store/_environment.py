@@ -110,7 +110,7 @@ class SharedEnvironment(Gate):
 
         # Guarded by the buffer lock.
         self.buffer: Batch = {}
-        self.buffer_bytes = 0
+        self.buffer_bytes = 0  # of keys and values, overwritten ones included
         self.plain = not self.readonly  # a put may just buffer
         self.closing = False
         self.exiting = False
@@ -170,9 +170,12 @@ class SharedEnvironment(Gate):
                 if self.barred is not None:
                     self.give_way(me, outer)
                     begin = self._begin
-                views = probe or self._large_seen
-                txn = begin(None, None, False, views)
-                raw = txn.get(key)
+                views = self._large_seen
+                if views:
+                    txn = begin(None, None, False, True)
+                    raw = txn.get(key)
+                else:
+                    raw = begin().get(key)
                 if raw is None:
                     return default
                 if probe:
@@ -183,11 +186,12 @@ class SharedEnvironment(Gate):
                         raw = LargeValue(self, txn, raw)
                 elif views:
                     raw = raw.tobytes()
+                txn = None
             except lmdb.Error as error:
+                txn = None
                 readers[me] = outer or False
                 self.repair(error, begin)
                 return self.read(key, default, probe)
-            txn = None
             readers[me] = outer or False  # out of the gate: user code from here
             try:
                 return loads(raw) if type(raw) is bytes else raw.load()
@@ -198,7 +202,7 @@ class SharedEnvironment(Gate):
                 del readers[me]
             else:
                 readers[me] = outer
-            txn = None  # which a traceback would keep open
+            txn = None  # which the traceback of a KeyboardInterrupt would keep open
 
     def read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         """Return what is stored under `keys`, pending or not, at one moment."""
@@ -239,7 +243,7 @@ class SharedEnvironment(Gate):
         # buffer without it: what is pending and the transaction show one moment.
         with self.buffer_lock:
             buffer = self.buffer
-            pending = {key: buffer[key] for key in keys if key in buffer}
+            pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
             return pending, ManyValues(self, begin(), keys)
 
     def unpickle_buffered(self, key: bytes, raw: bytes) -> Any:
@@ -288,18 +292,13 @@ class SharedEnvironment(Gate):
         """
         with self.buffer_lock:
             buffer = self.buffer
-            count = len(buffer)
-            total = self.buffer_bytes
-            old = buffer.get(key, ABSENT)
-            if old is ABSENT:
-                count += 1
-                total += len(key)
-            elif old is not None:
-                total -= len(old)
-            if raw is not None:
-                total += len(raw)
+            count = len(buffer) + (key not in buffer)
+            total = self.buffer_bytes + len(key) + len(raw or b"")
+            if total >= batch_bytes:
+                # Overwritten values count twice, so look closely.
+                total = _size({**buffer, key: raw})
             full = count >= batch_size or total >= batch_bytes
-            if not self.plain or full:
+            if full or not self.plain:
                 self.check_writable()
                 # Don't wait for another thread's commit, within reason.
                 patient = (
@@ -401,12 +400,9 @@ class SharedEnvironment(Gate):
         with self.buffer_lock:
             buffer = self.buffer
             for key in committed:
-                old = pending.get(key, ABSENT)
-                if buffer.get(key, pending) is old:
+                if buffer.get(key, pending) is pending.get(key, ABSENT):
                     del buffer[key]
-                    self.buffer_bytes -= len(key) + len(old or b"")
-            if not buffer:
-                self.buffer_bytes = 0  # whatever an interrupted put left behind
+            self.buffer_bytes = _size(buffer)
 
     def _commit_deletions(self, keys: list[bytes]) -> None:
         """Delete in as few transactions as the pages left allow."""
@@ -678,6 +674,10 @@ class SharedEnvironment(Gate):
 
 def _unpickle_error(key: bytes, source: str, error: Exception) -> UnpickleError:
     return UnpickleError(f"Failed to unpickle {source} key {describe(key)}: {error}")
+
+
+def _size(batch: Batch) -> int:
+    return sum(len(key) + len(raw or b"") for key, raw in batch.items())
 
 
 def _apply(

@@ -234,7 +234,12 @@ class LmdbObjectStore(Generic[_K, _V]):
             )
         codec = self._codec
         given = list(keys)
-        encoded = [codec.encode(key) for key in given]
+        longest = self._max_key
+        encode = codec.encode
+        encoded = [
+            key if type(key) is bytes and 0 < len(key) <= longest else encode(key)
+            for key in given
+        ]
         if decode_not_found is None:
             decode_not_found = decode_keys
         # Decoded first, so that what can't be decoded is refused unread.
@@ -280,9 +285,11 @@ class LmdbObjectStore(Generic[_K, _V]):
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
             key = self._codec.encode(key)
         env = self._env
-        pending = env.buffer.get(key, ABSENT) if env.buffer else ABSENT
-        if pending is not ABSENT:
-            return pending is not None
+        buffer = env.buffer
+        if buffer:
+            pending = buffer.get(key, ABSENT)
+            if pending is not ABSENT:
+                return pending is not None
         return env.read(key, False, True)
 
     # Writes
@@ -310,8 +317,23 @@ class LmdbObjectStore(Generic[_K, _V]):
         """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
             key = self._codec.encode(key)
-        raw = self._pickle(key, obj)
-        self._env.write(key, raw, self._batch_size, self._batch_bytes)
+        env = self._env
+        try:
+            raw = dumps(obj, HIGHEST_PROTOCOL)
+        except Exception as error:
+            _note_key(error, key)
+            raise
+        size = len(raw)
+        if size > env.max_value:
+            self._refuse_value(key, size)
+        with env.buffer_lock:
+            buffer = env.buffer
+            size += env.buffer_bytes + len(key)
+            if env.plain and len(buffer) < self._room and size < self._batch_bytes:
+                buffer[key] = raw
+                env.buffer_bytes = size
+                return
+        env.write(key, raw, self._batch_size, self._batch_bytes)
 
     __setitem__ = put
 
@@ -328,6 +350,7 @@ class LmdbObjectStore(Generic[_K, _V]):
         """
         batch: dict[bytes, bytes | None] = {}
         encode = self._codec.encode
+        most = self._env.max_value
         for item in items.items() if isinstance(items, Mapping) else items:
             try:
                 key, obj = item
@@ -336,8 +359,14 @@ class LmdbObjectStore(Generic[_K, _V]):
                     f"put_many() takes a mapping or pairs of key and value, not "
                     f"{type(item).__name__}"
                 ) from None
-            encoded = encode(key)
-            batch[encoded] = self._pickle(encoded, obj)
+            key = encode(key)
+            try:
+                batch[key] = raw = dumps(obj, HIGHEST_PROTOCOL)
+            except Exception as error:
+                _note_key(error, key)
+                raise
+            if len(raw) > most:
+                self._refuse_value(key, len(raw))
         self._env.write_many(batch)
 
     def delete(self, key: _K) -> None:
@@ -458,6 +487,7 @@ class LmdbObjectStore(Generic[_K, _V]):
     def batch_size(self, value: int) -> None:
         _check_int("batch_size", value, 1)
         self._batch_size = value
+        self._room = value - 1  # a put into a shorter buffer doesn't make it full
 
     @property
     def batch_bytes(self) -> int:
@@ -495,18 +525,6 @@ class LmdbObjectStore(Generic[_K, _V]):
 
     # Helpers
 
-    def _pickle(self, key: bytes, obj: object) -> bytes:
-        try:
-            raw = dumps(obj, HIGHEST_PROTOCOL)
-        except Exception as error:
-            # What add_note() does, which 3.10 doesn't have.
-            notes = getattr(error, "__notes__", [])
-            error.__notes__ = [*notes, f"while pickling the value of {describe(key)}"]  # type: ignore[attr-defined]
-            raise
-        if len(raw) > self._env.max_value:
-            self._refuse_value(key, len(raw))
-        return raw
-
     def _refuse_value(self, key: bytes, size: int) -> None:
         cap = self._env.max_map_size
         if cap is not None:
@@ -521,6 +539,12 @@ class LmdbObjectStore(Generic[_K, _V]):
 
     def _key_error(self, key: Any) -> KeyError:
         return KeyError(f"Key not found: {describe(self._codec.encode(key))}")
+
+
+def _note_key(error: Exception, key: bytes) -> None:
+    # What add_note() does, which 3.10 doesn't have.
+    notes: list[str] = getattr(error, "__notes__", [])
+    vars(error)["__notes__"] = [*notes, f"while pickling the value of {describe(key)}"]
 
 
 def _check_int(name: str, value: object, minimum: int) -> None:
