@@ -36,14 +36,13 @@ import lmdb
 
 from ._gate import Gate
 from ._keys import describe
-from ._reading import LargeValue, ManyValues
+from ._reading import LargeValue, ManyValues, is_blob
 from .exceptions import (
     BusyError,
     ClosedError,
     DiskError,
     GrowthError,
     ReadOnlyError,
-    SizeError,
     UnpickleError,
 )
 
@@ -164,6 +163,7 @@ class SharedEnvironment(Gate):
         me = get_ident()
         outer = readers.get(me)
         begin = self._begin
+        txn: Any = None
         readers[me] = True
         try:
             try:
@@ -183,6 +183,8 @@ class SharedEnvironment(Gate):
                 if len(raw) >= LARGE:
                     self._large_seen = True
                     if views:
+                        if is_blob(raw):
+                            return loads(raw)  # runs no user code
                         raw = LargeValue(self, txn, raw)
                 elif views:
                     raw = raw.tobytes()
@@ -202,7 +204,7 @@ class SharedEnvironment(Gate):
                 del readers[me]
             else:
                 readers[me] = outer
-            txn = None  # which the traceback of a KeyboardInterrupt would keep open
+            txn = None  # or the traceback of a KeyboardInterrupt keeps it open
 
     def read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         """Return what is stored under `keys`, pending or not, at one moment."""
@@ -210,19 +212,24 @@ class SharedEnvironment(Gate):
 
     def _read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         pending, stored = self._begin_many(keys)
-        found = {}
+        found: dict[bytes, Any] = {}
         try:
             while True:
                 chunk, raws = self.shared(stored.next_chunk)
                 if not chunk:
                     return found
                 if pending:
-                    raws = [pending.get(*pair) for pair in zip(chunk, raws)]
+                    raws = list(map(pending.get, chunk, raws))
+                hits = {
+                    key: raw
+                    for key, raw in zip(chunk, raws, strict=True)
+                    if raw is not None
+                }
+                before = len(found)
                 try:
-                    for key, raw in zip(chunk, raws):
-                        if raw is not None:
-                            found[key] = loads(raw)
+                    found.update(zip(hits, map(loads, hits.values()), strict=True))
                 except Exception as error:
+                    key = list(hits)[len(found) - before]
                     source = "buffered" if key in pending else "DB"
                     raise _unpickle_error(key, source, error) from error
         finally:
@@ -385,7 +392,7 @@ class SharedEnvironment(Gate):
             # Deleting may make the room that the puts need.
             self._commit_deletions(sorted(deletions))
             self._settle(pending, deletions)
-            rest = {key: raw for key, raw in batch.items() if raw is not None}
+            rest: Batch = {key: raw for key, raw in batch.items() if raw is not None}
             try:
                 self._commit(rest)
             except GrowthError:

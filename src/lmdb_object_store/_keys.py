@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 from .exceptions import SizeError
 
@@ -30,18 +31,11 @@ class KeyCodec:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         An unknown codec, error handler or normal form.
     """
 
     def __init__(self, encoding: str | None, errors: str, normalize: str | None):
-        for name, value in (
-            ("key_encoding", encoding),
-            ("key_errors", errors),
-            ("str_normalize", normalize),
-        ):
-            if not isinstance(value, str) and (value is not None or value is errors):
-                raise TypeError(f"{name} must be a str, not {type(value).__name__}")
         try:
             codecs.lookup_error(errors)
             if encoding is not None:
@@ -60,7 +54,8 @@ class KeyCodec:
         self.from_str = self._make_from_str()
 
     def _make_from_str(self) -> Callable[[str], bytes]:
-        encoding, errors, normalize = self.encoding, self.errors, self.normalize
+        encoding, errors = self.encoding, self.errors
+        normalize: Any = self.normalize
         if encoding is None:
             return self._refuse_str
         if normalize is not None:

@@ -11,8 +11,15 @@ import lmdb
 
 from ._gate import Gate, Pin
 
-_CHUNK_BYTES = 2**20
-_CHUNK_KEYS = 512
+_CHUNK_KEYS = 128
+
+
+def is_blob(view: memoryview) -> bool:
+    """Whether `view` is the pickle of a bytes object and nothing else.
+
+    That is PROTO 5, BINBYTES with a length of 4 bytes, MEMOIZE, STOP.
+    """
+    return view[2] == 0x42 and int.from_bytes(view[3:7], "little") == len(view) - 9
 
 
 class LargeValue(Pin):
@@ -87,7 +94,7 @@ class LargeValue(Pin):
 class ManyValues(Pin):
     """The stored values of many keys, as they were at one moment, in chunks."""
 
-    __slots__ = ("_chunk_keys", "_keys", "_rest", "_txn")
+    __slots__ = ("_keys", "_rest", "_txn")
 
     def __init__(
         self, gate: Gate, txn: lmdb.Transaction[bytes], keys: Iterable[bytes]
@@ -95,7 +102,6 @@ class ManyValues(Pin):
         self._txn: lmdb.Transaction[bytes] | None = txn
         self._keys = iter(keys)
         self._rest: list[tuple[list[bytes], list[bytes | None]]] = []
-        self._chunk_keys = 32
         gate.pin(self)
 
     def next_chunk(self) -> tuple[list[bytes], list[bytes | None]]:
@@ -105,13 +111,8 @@ class ManyValues(Pin):
         """
         if self._txn is None:
             return self._rest.pop() if self._rest else ([], [])
-        keys = list(islice(self._keys, self._chunk_keys))
-        values = list(map(self._txn.get, keys))
-        if sum(map(len, filter(None, values))) > _CHUNK_BYTES:
-            self._chunk_keys = max(1, self._chunk_keys // 4)
-        else:
-            self._chunk_keys = min(_CHUNK_KEYS, self._chunk_keys * 4)
-        return keys, values
+        keys = list(islice(self._keys, _CHUNK_KEYS))
+        return keys, list(map(self._txn.get, keys))
 
     def detach(self) -> None:
         if self._txn is None:

@@ -251,9 +251,13 @@ class LmdbObjectStore(Generic[_K, _V]):
         env = self._env
         if env.buffer and self.autoflush_on_read:
             env.flush_for_read()
-        found = env.read_many(dict.fromkeys(encoded))
-        names = map(texts.__getitem__, encoded) if decode_not_found else given
-        not_found = [n for n, key in zip(names, encoded, strict=True) if key not in found]
+        wanted = dict.fromkeys(encoded)
+        found: dict[Any, Any] = env.read_many(wanted)
+        not_found = []
+        if len(found) < len(wanted):
+            names = map(texts.__getitem__, encoded) if decode_not_found else given
+            pairs = zip(names, encoded, strict=True)
+            not_found = [name for name, key in pairs if key not in found]
         if decode_keys:
             found = {texts[key]: value for key, value in found.items()}
         return found, not_found
@@ -269,28 +273,29 @@ class LmdbObjectStore(Generic[_K, _V]):
             True flushes first, and raises if that fails; False never flushes;
             None follows `autoflush_on_read`.
         """
-        key = self._codec.encode(key)
+        encoded = self._codec.encode(key)
         env = self._env
         if flush and not env.readonly:
             env.flush()
-        pending = env.buffer.get(key, ABSENT)
+        pending = env.buffer.get(encoded, ABSENT)
         if pending is not ABSENT:
             return pending is not None
         if flush is None and env.buffer and self.autoflush_on_read:
             env.flush_for_read()
-        return env.read(key, False, True)
+        return env.read(encoded, False, True) is True
 
     def __contains__(self, key: object) -> bool:
         """Return whether there is a value under `key`. Never flushes."""
-        if type(key) is not bytes or not 0 < len(key) <= self._max_key:
-            key = self._codec.encode(key)
+        encoded: Any = key
+        if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
+            encoded = self._codec.encode(encoded)
         env = self._env
         buffer = env.buffer
         if buffer:
-            pending = buffer.get(key, ABSENT)
+            pending = buffer.get(encoded, ABSENT)
             if pending is not ABSENT:
                 return pending is not None
-        return env.read(key, False, True)
+        return env.read(encoded, False, True) is True
 
     # Writes
 
@@ -315,25 +320,26 @@ class LmdbObjectStore(Generic[_K, _V]):
         Exception
             Whatever pickling `obj` raises.
         """
-        if type(key) is not bytes or not 0 < len(key) <= self._max_key:
-            key = self._codec.encode(key)
+        encoded: Any = key
+        if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
+            encoded = self._codec.encode(encoded)
         env = self._env
         try:
             raw = dumps(obj, HIGHEST_PROTOCOL)
         except Exception as error:
-            _note_key(error, key)
+            _note_key(error, encoded)
             raise
         size = len(raw)
         if size > env.max_value:
-            self._refuse_value(key, size)
+            self._refuse_value(encoded, size)
         with env.buffer_lock:
             buffer = env.buffer
-            size += env.buffer_bytes + len(key)
+            size += env.buffer_bytes + len(encoded)
             if env.plain and len(buffer) < self._room and size < self._batch_bytes:
-                buffer[key] = raw
+                buffer[encoded] = raw
                 env.buffer_bytes = size
                 return
-        env.write(key, raw, self._batch_size, self._batch_bytes)
+        env.write(encoded, raw, self._batch_size, self._batch_bytes)
 
     __setitem__ = put
 
@@ -371,8 +377,8 @@ class LmdbObjectStore(Generic[_K, _V]):
 
     def delete(self, key: _K) -> None:
         """Delete what is stored under `key`, if anything. Buffered, like `put`."""
-        key = self._codec.encode(key)
-        self._env.write(key, None, self._batch_size, self._batch_bytes)
+        encoded = self._codec.encode(key)
+        self._env.write(encoded, None, self._batch_size, self._batch_bytes)
 
     def __delitem__(self, key: _K) -> None:
         """Delete what is stored under `key`; KeyError if there is nothing.

@@ -1,0 +1,66 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmdb_object_store import LmdbObjectStore
+
+PATIENCE = 30.0
+"""Seconds until a test that waits for another thread gives up."""
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, Any]]]:
+    """Open stores in a folder of the test's own; they are closed after it."""
+    opened: list[LmdbObjectStore[Any, Any]] = []
+
+    def open_one(name: str = "db", **options: Any) -> LmdbObjectStore[Any, Any]:
+        store: LmdbObjectStore[Any, Any] = LmdbObjectStore(tmp_path / name, **options)
+        opened.append(store)
+        return store
+
+    yield open_one
+    for store in opened:
+        store.close()
+    gc.collect()
+
+
+class Worker:
+    """A thread whose exception or result the test gets back."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._action = action
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._action()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> Any:
+        self._thread.join(PATIENCE)
+        assert not self.running, "the thread hangs"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+@pytest.fixture
+def in_thread() -> Callable[[Callable[[], Any]], Worker]:
+    """Run a function in a thread; ``.result()`` waits for it and re-raises."""
+    return Worker
