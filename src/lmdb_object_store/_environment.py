@@ -211,7 +211,7 @@ class SharedEnvironment(Gate):
         return self.reading(self._read_many, keys)
 
     def _read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
-        pending, stored = self._begin_many(keys)
+        pending, stored = self._repairing(self.repair, self._begin_many, keys)
         found: dict[bytes, Any] = {}
         try:
             while True:
@@ -235,15 +235,7 @@ class SharedEnvironment(Gate):
         finally:
             stored.release()
 
-    def _begin_many(self, keys: Iterable[bytes]) -> tuple[Batch, ManyValues]:
-        while True:
-            begin = self._begin
-            try:
-                return self.shared(self._begin_many_once, begin, keys)
-            except lmdb.Error as error:
-                self.repair(error, begin)
-
-    def _begin_many_once(
+    def _begin_many(
         self, begin: Callable[[], lmdb.Transaction[bytes]], keys: Iterable[bytes]
     ) -> tuple[Batch, ManyValues]:
         # A put waits for the buffer lock, and a flush takes nothing out of the
@@ -252,6 +244,20 @@ class SharedEnvironment(Gate):
             buffer = self.buffer
             pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
             return pending, ManyValues(self, begin(), keys)
+
+    def _repairing(
+        self,
+        repair: Callable[[lmdb.Error, Any], None],
+        action: Callable[..., _R],
+        *args: Any,
+    ) -> _R:
+        """Call `action` in the gate until it works or can't be repaired."""
+        while True:
+            begin = self._begin
+            try:
+                return self.shared(action, begin, *args)
+            except lmdb.Error as error:
+                repair(error, begin)
 
     def unpickle_buffered(self, key: bytes, raw: bytes) -> Any:
         """Return the object of a pending write."""
@@ -328,7 +334,7 @@ class SharedEnvironment(Gate):
     def _remove(self, key: bytes, batch_size: int) -> bool:
         pending = self.buffer.get(key, ABSENT)
         if pending is ABSENT:
-            pending = self.read(key, None, probe=True)
+            pending = self._repairing(self._repair, lambda begin: begin().get(key))
         if pending is None:
             return False
         if len(self.buffer) + 1 < batch_size and not self.exiting:
@@ -407,7 +413,10 @@ class SharedEnvironment(Gate):
         with self.buffer_lock:
             buffer = self.buffer
             for key in committed:
-                if buffer.get(key, pending) is pending.get(key, ABSENT):
+                old = pending.get(key, ABSENT)
+                # No call from here to the del: a signal handler's put must not
+                # come between (see Gate).
+                if key in buffer and buffer[key] is old:
                     del buffer[key]
             self.buffer_bytes = _size(buffer)
 

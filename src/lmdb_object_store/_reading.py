@@ -17,9 +17,13 @@ _CHUNK_KEYS = 128
 def is_blob(view: memoryview) -> bool:
     """Whether `view` is the pickle of a bytes object and nothing else.
 
-    That is PROTO 5, BINBYTES with a length of 4 bytes, MEMOIZE, STOP.
+    That is PROTO 5, BINBYTES and a length of 4 bytes, the bytes, MEMOIZE, STOP.
     """
-    return view[2] == 0x42 and int.from_bytes(view[3:7], "little") == len(view) - 9
+    return (
+        view[:3] == b"\x80\x05B"
+        and int.from_bytes(view[3:7], "little") == len(view) - 9
+        and view[-2:] == b"\x94."
+    )
 
 
 class LargeValue(Pin):
