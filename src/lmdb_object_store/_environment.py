@@ -27,6 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from errno import EIO, ENOSPC
 from pickle import loads
 from threading import RLock, get_ident
@@ -106,6 +107,8 @@ class SharedEnvironment(Gate):
         self._large_seen = False  # spares stores of small values a memoryview a read
         self._read_flush_due = 0.0  # when a read may try again what failed
         self.closed = False
+        self._state = "closed"  # when it is
+        self._news: list[tuple[Any, ...]] = []  # to be logged without the lock
 
         # Guarded by the buffer lock.
         self.buffer: Batch = {}
@@ -287,7 +290,7 @@ class SharedEnvironment(Gate):
         if isinstance(error, lmdb.MapResizedError):
             self._resize(0)
         elif isinstance(error, lmdb.ReadersFullError) and self.env.reader_check():
-            log.info("Cleared the reader slots of dead processes in %s", self.path)
+            self._tell(logging.INFO, "Cleared reader slots of dead processes")
         elif isinstance(error, lmdb.PanicError) or not self._alive():
             self.alone(self.growth_timeout, self._reopen)
         else:
@@ -516,7 +519,7 @@ class SharedEnvironment(Gate):
                 "pending still is."
             )
         self._resize(wanted)
-        log.info("Map of %s grown from %d to %d bytes", self.path, size, wanted)
+        self._tell(logging.INFO, f"Map grown from {size} to {wanted} bytes")
 
     def _resize(self, size: int) -> None:
         """Move the map; 0 adopts the size that another process has set."""
@@ -554,7 +557,10 @@ class SharedEnvironment(Gate):
             )
         options = {**self._options, "map_size": self._map_size, "create": False}
         self._attach(lmdb.open(self.path, **options))
-        log.warning("Environment %s reopened after an error", self.path)
+        self._tell(logging.WARNING, "Environment reopened after an error")
+
+    def _tell(self, level: int, what: str) -> None:
+        self._news.append((level, "%s: %s", self.path, what))
 
     # Locks
 
@@ -577,13 +583,17 @@ class SharedEnvironment(Gate):
                 "signal handler or finalizer can get, put and delete there, but not "
                 "flush, write many, grow or close."
             )
-        # No call between the assignments and their try: see Gate.
-        with self.write_lock:
-            self.writer = get_ident()
-            try:
-                return action(*args)
-            finally:
-                self.writer = None
+        try:
+            with self.write_lock:
+                self.writer = get_ident()
+                try:  # no call in between: see Gate
+                    return action(*args)
+                finally:
+                    self.writer = None
+        finally:
+            # A logging handler is user code: it may wait for this lock.
+            while self._news:
+                log.log(*self._news.pop(0))
 
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""
@@ -605,7 +615,10 @@ class SharedEnvironment(Gate):
                 "(by something that an unpickling runs, for example); close it "
                 "after the read."
             )
-        return self.exclusively(self._close)
+        error = self.exclusively(self._close)
+        if error is not None:
+            self._log_loss("Final flush", error)
+        return error
 
     def _close(self) -> Exception | None:
         if self.closed:
@@ -615,19 +628,18 @@ class SharedEnvironment(Gate):
             self.plain = False
         error = None
         try:
-            self._flush()
-            if not self.readonly:
-                self.env.sync(True)
+            self._finish()
         except Exception as failure:
             error = failure
-            log.error(
-                "Final flush of %s failed, %d pending writes are lost",
-                self.path,
-                len(self.buffer),
-                exc_info=True,
-            )
         self.alone(self.growth_timeout, self._shut)
         return error
+
+    def _finish(self) -> None:
+        try:
+            self._flush()
+        finally:
+            if not self.readonly:
+                self.env.sync(True)
 
     def _shut(self) -> None:
         _open_environments.pop(id(self), None)
@@ -644,38 +656,72 @@ class SharedEnvironment(Gate):
             return
         try:
             self.close()
-        except Exception:
-            log.error("Could not close %s, which nobody had", self.path, exc_info=True)
+        except Exception as error:
+            self._log_loss("Close after garbage collection", error)
         self._warn_unclosed()
 
     def flush_at_exit(self) -> None:
-        """Flush, and from now on with every write; the process is about to end.
+        """Flush, and write through from now on: the process is about to end.
 
-        Not closed: a daemon thread may be reading. A daemon thread may also be
-        stopped with the write lock in its hands, so the wait has an end.
+        Not closed: a daemon thread may be reading. A daemon thread may also have
+        been stopped with the write lock in its hands, so the wait has an end.
         """
-        if self.closed:
-            return
+        self.write_through()
+        try:
+            if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
+                raise BusyError("Another thread is still writing.")
+            try:
+                self.exclusively(self._finish)
+            finally:
+                self.write_lock.release()
+        except Exception as error:
+            self._log_loss("Flush at exit", error)
+        self._warn_unclosed()
+
+    def write_through(self) -> None:
+        """Flush with every write from now on."""
         with self.buffer_lock:
             self.exiting = True
             self.plain = False
-        if not self.readonly:
-            try:
-                if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
-                    raise BusyError("Another thread is still writing.")
-                try:
-                    self.exclusively(self._flush)
-                    self.env.sync(True)
-                finally:
-                    self.write_lock.release()
-            except Exception:
-                log.error(
-                    "Flush of %s at exit failed, %d pending writes are lost",
-                    self.path,
-                    len(self.buffer),
-                    exc_info=True,
-                )
-        self._warn_unclosed()
+
+    def disinherit(self) -> None:
+        """In a child made by fork: leave everything to the parent.
+
+        The pending writes are the parent's, the locks may be held by threads
+        that don't exist here, and a read transaction that is aborted or closed
+        here would free a reader slot that the parent is using.
+        """
+        at_rest = self.writer is None and True not in self.readers.values()
+        for pin in list(self._pins):
+            pin.release()
+        super().__init__()
+        self.write_lock = RLock()
+        self.buffer_lock = RLock()
+        self.closing = self.closed = True
+        self.plain = False
+        self.buffer = {}
+        self._begin = self._refuse
+        self._state = (
+            "closed in this child process: it belongs to the parent, which opened it "
+            "before the fork. Open a store of your own here"
+        )
+        if at_rest:
+            # Else LMDB would wait for a thread that doesn't exist. py-lmdb opens
+            # no file twice, so the child can't open this one then.
+            self.env.close()
+
+    def _refuse(self, *_: object) -> lmdb.Transaction[Any]:
+        raise self._closed_error()
+
+    def _log_loss(self, what: str, error: Exception) -> None:
+        log.error(
+            "%s of %s failed, %d pending writes are lost: %s",
+            what,
+            self.path,
+            len(self.lost or self.buffer),
+            error,
+            exc_info=error,
+        )
 
     def _warn_unclosed(self) -> None:
         warnings.warn(
@@ -685,7 +731,7 @@ class SharedEnvironment(Gate):
         )
 
     def _closed_error(self) -> ClosedError:
-        return ClosedError(f"The store at {self.path!r} is closed.")
+        return ClosedError(f"The store at {self.path!r} is {self._state}.")
 
 
 def _unpickle_error(key: bytes, source: str, error: Exception) -> UnpickleError:
@@ -712,33 +758,46 @@ def _apply(
 _open_environments: dict[int, SharedEnvironment] = {}
 
 
+_exiting = False
+_hooked: int | None = None  # the process whose multiprocessing knows of us
+
+
 def _register(env: SharedEnvironment) -> None:
     _open_environments[id(env)] = env
+    if _exiting:
+        env.write_through()
     # A child of multiprocessing ends without running atexit functions (3.10 to
-    # 3.12), but runs its own finalizers. Only there is the module imported.
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
-        from multiprocessing.util import Finalize
+    # 3.12), but runs its own finalizers. It forgets those that were registered
+    # before its start, and then calls what was registered for that moment.
+    global _hooked
+    util = sys.modules.get("multiprocessing.util")
+    if util is None or _hooked == os.getpid():
+        return
+    _hooked = os.getpid()
+    if sys.modules["multiprocessing.process"].parent_process() is None:
+        util.register_after_fork(_flush_at_exit, _hook)
+    else:
+        _hook()
 
-        Finalize(None, env.flush_at_exit, exitpriority=0)
+
+def _hook(_: object = None) -> None:
+    sys.modules["multiprocessing.util"].Finalize(None, _flush_at_exit, exitpriority=0)
 
 
 @atexit.register
 def _flush_at_exit() -> None:
-    for env in list(_open_environments.values()):
-        env.flush_at_exit()
+    global _exiting
+    _exiting = True
+    with ExitStack() as stack:  # calls all of them, whatever one raises
+        for env in list(_open_environments.values()):
+            stack.callback(env.flush_at_exit)
 
 
-def _forget_after_fork() -> None:
-    """Leave what was inherited to the parent: its buffer, its locks, its slots."""
+def _disinherit() -> None:
     for env in _open_environments.values():
-        env.buffer_lock = RLock()
-        env.write_lock = RLock()
-        env.closing = env.closed = True
-        env.plain = False
-        env.buffer = {}
+        env.disinherit()
     _open_environments.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    os.register_at_fork(after_in_child=_disinherit)

@@ -42,6 +42,10 @@ class Pin(ABC):
         Called by whoever holds the gate alone; calling it again does nothing.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the transaction."""
+
 
 class Gate:
     """Who reads, and who wants no reads.

@@ -20,9 +20,9 @@ def is_blob(view: memoryview) -> bool:
     That is PROTO 5, BINBYTES and a length of 4 bytes, the bytes, MEMOIZE, STOP.
     """
     return (
-        view[:3] == b"\x80\x05B"
+        view[:3].tobytes() == b"\x80\x05B"
         and int.from_bytes(view[3:7], "little") == len(view) - 9
-        and view[-2:] == b"\x94."
+        and view[-2:].tobytes() == b"\x94."
     )
 
 
