@@ -101,6 +101,13 @@ class SharedEnvironment(Gate):
         # Guarded by the write lock.
         self.writer: int | None = None  # the thread that holds it
         self._attach(lmdb.open(path, **options))
+        if options.get("writemap") and self.env.lib_version() == 1:
+            self.env.close()
+            raise ValueError(
+                "writemap=True can't be used with the LMDB 1.0 engine: its release "
+                "1.0.2 aborts the process when it deletes the last entry of a page. "
+                f"Open {path!r} without writemap, or make it with lib_version=0."
+            )
         self._identity = self._file_identity()
         self._page_size: int = self.env.stat()["psize"]
         self._map_size: int = self.env.info()["map_size"]
@@ -148,10 +155,11 @@ class SharedEnvironment(Gate):
         """Pages below the cap that only deletions may use.
 
         A deletion copies the pages on the way to its key, may merge their
-        neighbours, and lists every page that it frees, at 8 bytes each.
+        neighbours, and lists every page that it frees, at 8 bytes each. It can't
+        use pages that the last commit has freed.
         """
         pages = (self.max_map_size or 0) // self._page_size
-        return min(pages // 4, 32 + pages // 256)
+        return min(max(8, pages // 4), 32 + pages // 256)
 
     # Reads
 
@@ -583,6 +591,7 @@ class SharedEnvironment(Gate):
                 "signal handler or finalizer can get, put and delete there, but not "
                 "flush, write many, grow or close."
             )
+        news: list[tuple[Any, ...]] = []
         try:
             with self.write_lock:
                 self.writer = get_ident()
@@ -590,10 +599,10 @@ class SharedEnvironment(Gate):
                     return action(*args)
                 finally:
                     self.writer = None
+                    news, self._news = self._news, news
         finally:
-            # A logging handler is user code: it may wait for this lock.
-            while self._news:
-                log.log(*self._news.pop(0))
+            for line in news:  # a logging handler is user code: it may wait for us
+                log.log(*line)
 
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""

@@ -72,7 +72,8 @@ class LmdbObjectStore(Generic[_K, _V]):
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
-        ``max_spare_txns`` other than 0 is refused, as it breaks fork.
+        ``max_spare_txns`` other than 0 is refused, as it breaks fork, and so is
+        ``writemap=True`` with the LMDB 1.0 engine, which aborts the process.
 
     Raises
     ------

@@ -1,0 +1,149 @@
+"""Index the standard library: every function and class under its dotted name.
+
+Parses each module of the running interpreter's standard library, its own test
+suite included if installed, and stores what it finds. Then opens the store anew
+and looks some of it up.
+"""
+
+import argparse
+import ast
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from pprint import pprint
+from time import perf_counter
+from typing import TypedDict
+
+from lmdb_object_store import LmdbObjectStore
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+SAMPLE = 1000  # how many entries to look up
+SHOWN = "calendar.isleap"
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class Entry(TypedDict):
+    """What the store holds of one function or class."""
+
+    name: str
+    signature: str
+    doc: str | None
+    file: str
+    line: int
+
+
+def sources() -> list[Path]:
+    """List the files of the standard library that can be imported as modules."""
+    found: list[Path] = []
+    for folder, subfolders, files in os.walk(STDLIB):
+        subfolders[:] = sorted(filter(str.isidentifier, subfolders))  # site-packages
+        paths = [Path(folder, file) for file in sorted(files)]
+        found += [p for p in paths if p.suffix == ".py" and p.stem.isidentifier()]
+    return found
+
+
+def entries(path: Path) -> list[Entry]:
+    """Parse a source file and describe what it defines."""
+    relative = path.relative_to(STDLIB)
+    module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the source, such as invalid escapes
+        tree = ast.parse(path.read_bytes(), str(path))
+    return [
+        Entry(
+            name=name,
+            signature=signature(node),
+            doc=ast.get_docstring(node),
+            file=relative.as_posix(),
+            line=node.lineno,
+        )
+        for name, node in definitions(tree, module)
+    ]
+
+
+def definitions(node: ast.AST, scope: str) -> Iterator[tuple[str, Definition]]:
+    """Yield the definitions below a node with their dotted names, nested ones too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            name = f"{scope}.{child.name}"
+            yield name, child
+            yield from definitions(child, name)
+        elif not isinstance(child, ast.expr):
+            yield from definitions(child, scope)
+
+
+def signature(node: Definition) -> str:
+    """Return the parameters and result of a function or the bases of a class."""
+    if isinstance(node, ast.ClassDef):
+        return f"({', '.join(map(ast.unparse, [*node.bases, *node.keywords]))})"
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"({ast.unparse(node.args)}){result}"
+
+
+def index(path: Path) -> list[str]:
+    """Fill the store at `path` and return the names in it."""
+    names: set[str] = set()  # a name defined twice is one object
+    skipped = 0
+    seconds = 0.0
+    files = sources()
+    with LmdbObjectStore[str, Entry](path, key_encoding="utf-8") as store:
+        for number, file in enumerate(files, 1):
+            progress(f"{number:,} of {len(files):,} modules, {len(names):,} objects")
+            try:
+                found = entries(file)
+            except (SyntaxError, ValueError):  # bad on purpose, data of some test
+                skipped += 1
+                continue
+            start = perf_counter()
+            for entry in found:
+                store[entry["name"]] = entry
+            seconds += perf_counter() - start
+            names.update(entry["name"] for entry in found)
+        start = perf_counter()
+    seconds += perf_counter() - start  # closing writes the rest
+    progress("")
+    print(f"modules  {len(files) - skipped:,} parsed, {skipped:,} skipped")
+    print(f"writing  {seconds:.2f} s for {len(names):,} objects")
+    return sorted(names)
+
+
+def look_up(path: Path, names: list[str]) -> None:
+    """Open the store again and read some of the entries from it."""
+    with LmdbObjectStore[str, Entry](
+        path, key_encoding="utf-8", readonly=True
+    ) as store:
+        sample = names[:: max(1, len(names) // SAMPLE)]
+        start = perf_counter()
+        found = [store[name] for name in sample]
+        seconds = perf_counter() - start
+        entry = store[SHOWN]
+    print(f"reading  {seconds:.2f} s for {len(found):,} objects")
+    print(f"on disk  {(path / 'data.mdb').stat().st_size:,} bytes")
+    pprint(entry, sort_dicts=False)
+
+
+def progress(text: str) -> None:
+    """Show a counter that overwrites itself, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"{text:<60}", end="\r", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the example."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--path", type=Path, help="keep the store in this directory")
+    arguments = parser.parse_args()
+    print(f"Python {platform.python_version()}, standard library in {STDLIB}")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = arguments.path or Path(temporary)
+        look_up(path, index(path))
+
+
+if __name__ == "__main__":
+    main()
