@@ -101,11 +101,11 @@ class SharedEnvironment(Gate):
         # Guarded by the write lock.
         self.writer: int | None = None  # the thread that holds it
         self._attach(lmdb.open(path, **options))
-        if options.get("writemap") and self.env.lib_version() == 1:
+        if options.get("writemap") and self.env.lib_version() >= (1,):
             self.env.close()
             raise ValueError(
-                "writemap=True can't be used with the LMDB 1.0 engine: its release "
-                "1.0.2 aborts the process when it deletes the last entry of a page. "
+                "writemap=True can't be used with the LMDB 1.0 engine: a commit that "
+                "frees pages can abort the process (seen with 1.0.2). "
                 f"Open {path!r} without writemap, or make it with lib_version=0."
             )
         self._identity = self._file_identity()
