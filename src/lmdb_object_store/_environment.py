@@ -29,6 +29,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from errno import EIO, ENOSPC
+from itertools import count
+from math import inf
 from pickle import loads
 from threading import RLock, get_ident
 from typing import Any, TypeVar
@@ -111,6 +113,7 @@ class SharedEnvironment(Gate):
         self._identity = self._file_identity()
         self._page_size: int = self.env.stat()["psize"]
         self._map_size: int = self.env.info()["map_size"]
+        self._recycled = -1  # the transaction that `_recycle` committed last
         self._large_seen = False  # spares stores of small values a memoryview a read
         self._read_flush_due = 0.0  # when a read may try again what failed
         self.closed = False
@@ -144,11 +147,11 @@ class SharedEnvironment(Gate):
         self.max_map_size = max_map_size
         self.max_value = _MAX_VALUE
         if max_map_size is not None:
-            # In an empty file there are two meta pages, a leaf and two pages
-            # for the list of free pages, and the value's own page header.
-            fixed = self._reserve_pages() + 6
-            room = (max_map_size // self._page_size - fixed) * self._page_size
-            self.max_value = max(0, min(_MAX_VALUE, room))
+            # Beside the value an otherwise empty file holds two meta pages, a leaf
+            # (old and new) and the list of free pages. Small ones fit in leaves.
+            pages = max_map_size // self._page_size
+            pages -= self._reserve_pages() + 8 + pages // 512
+            self.max_value = min(_MAX_VALUE, max(1, pages) * self._page_size)
         self._read_flush_due = 0.0
 
     def _reserve_pages(self) -> int:
@@ -460,7 +463,8 @@ class SharedEnvironment(Gate):
                     _apply(txn, deletions, puts)
                 return
             except lmdb.MapFullError:
-                self._grow(batch)
+                if not self._recycle(begin):
+                    self._grow(batch)
             except lmdb.Error as error:
                 if getattr(error, "code", 0) in (EIO, ENOSPC):
                     raise DiskError(
@@ -486,8 +490,7 @@ class SharedEnvironment(Gate):
         """Raise `lmdb.MapFullError` if writing this would use up the reserve."""
         filler = bytes(self._page_size - 64)  # takes a page of its own
         reserve = [
-            (b"\xff" * 16 + number.to_bytes(4, "big"), filler)
-            for number in range(self._reserve_pages())
+            (_spare_key(number), filler) for number in range(self._reserve_pages())
         ]
         with begin(write=True) as txn:
             _apply(txn, deletions, puts)
@@ -513,18 +516,39 @@ class SharedEnvironment(Gate):
         # ... and leaves are half full, at worst.
         return (pages + pages // 512) * page + 2 * small
 
+    def _recycle(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
+        """At the cap, make the pages usable that the last commit has freed.
+
+        LMDB uses them from the second transaction after it on, which never comes
+        if the next one always fails. Return whether there is something to gain.
+        """
+        info = self.env.info()
+        if info["map_size"] < self._cap() or info["last_txnid"] == self._recycled:
+            return False
+        try:
+            with begin(write=True) as txn:
+                for key in map(_spare_key, count()):
+                    if txn.put(key, b"", overwrite=False):
+                        txn.delete(key)
+                        break
+        except lmdb.MapFullError:
+            return False
+        self._recycled = self.env.info()["last_txnid"]
+        return True
+
+    def _cap(self) -> float:
+        cap = self.max_map_size
+        return inf if cap is None else cap - cap % self._page_size
+
     def _grow(self, batch: Batch) -> None:
         size = self.env.info()["map_size"]
-        cap = self.max_map_size
         wanted = max(2 * size, size + _GROWTH, self._needed(batch))
-        if cap is not None:
-            wanted = min(wanted, cap)
-        wanted -= wanted % self._page_size
+        wanted = int(min(wanted - wanted % self._page_size, self._cap()))
         if wanted <= size:
             raise GrowthError(
-                f"The map of {self.path!r} is full and has reached max_map_size "
-                f"({cap} bytes). Raise max_map_size or delete entries; what was "
-                "pending still is."
+                f"The map of {self.path!r} is full and has reached max_map_size, "
+                f"{self.max_map_size} bytes. Raise max_map_size or delete entries; "
+                "what was pending still is."
             )
         self._resize(wanted)
         self._tell(logging.INFO, f"Map grown from {size} to {wanted} bytes")
@@ -745,6 +769,10 @@ class SharedEnvironment(Gate):
 
 def _unpickle_error(key: bytes, source: str, error: Exception) -> UnpickleError:
     return UnpickleError(f"Failed to unpickle {source} key {describe(key)}: {error}")
+
+
+def _spare_key(number: int) -> bytes:
+    return b"\xff" * 16 + number.to_bytes(4, "big")
 
 
 def _size(batch: Batch) -> int:

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from pickle import HIGHEST_PROTOCOL, dumps
-from types import MappingProxyType, TracebackType
+from types import GenericAlias, MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import lmdb
@@ -16,6 +16,7 @@ from ._keys import KeyCodec, describe
 from .exceptions import GrowthError, LostWritesError, SizeError
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsItems
     from typing_extensions import Self, TypeVar
 
     _K = TypeVar("_K", default="bytes | bytearray | memoryview | str")
@@ -84,6 +85,10 @@ class LmdbObjectStore(Generic[_K, _V]):
     """
 
     autoflush_on_read: bool
+
+    if not TYPE_CHECKING:
+        # Typing's own would insist on two types: its TypeVars have no defaults yet.
+        __class_getitem__ = classmethod(GenericAlias)
 
     def __init__(
         self,
@@ -344,7 +349,7 @@ class LmdbObjectStore(Generic[_K, _V]):
 
     __setitem__ = put
 
-    def put_many(self, items: Mapping[_K, _V] | Iterable[tuple[_K, _V]]) -> None:
+    def put_many(self, items: SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]) -> None:
         """Store many values in one transaction: all of them, or none.
 
         Pending writes are flushed first. `items` is run and pickled before any
@@ -358,7 +363,8 @@ class LmdbObjectStore(Generic[_K, _V]):
         batch: dict[bytes, bytes | None] = {}
         encode = self._codec.encode
         most = self._env.max_value
-        for item in items.items() if isinstance(items, Mapping) else items:
+        pairs = items.items() if hasattr(items, "items") else items
+        for item in pairs:
             try:
                 key, obj = item
             except (TypeError, ValueError):
