@@ -868,6 +868,21 @@ def test_failed_large_read_leaves_no_transaction_open(store):
     assert store.env.readers().count("\n") <= 2
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: LmdbObjectStore(store.db_path, 10, True),
+        lambda store: store.get_many(["k"], True),
+        lambda store: store.exists("k", True),
+        lambda store: store.close(True),
+    ],
+)
+def test_options_have_to_be_named(store, call):
+    with pytest.raises(TypeError, match="positional argument"):
+        call(store)
+    assert not store.closed
+
+
 # Attributes
 
 

@@ -45,35 +45,35 @@ BAD_OPTIONS = [
     ({"key_errors": 1}, TypeError),
     ({"str_normalize": "nfc"}, ValueError),
     ({"str_normalize": ""}, ValueError),
-    ({"str_normalize": 1}, TypeError),
+    ({"str_normalize": 1}, (TypeError, ValueError)),
     ({"max_spare_txns": 1}, ValueError),
+]
+BAD_LMDB_OPTIONS = [
     ({"no_such_option": 1}, TypeError),
     ({"map_size": "big"}, TypeError),
     ({"lib_version": 7}, (lmdb.Error, ValueError)),
+    ({"lib_version": 1, "writemap": True}, ValueError),
 ]
 
 
 # The constructor
 
 
-@pytest.mark.parametrize(("options", "error"), BAD_OPTIONS, ids=str)
+@pytest.mark.parametrize(("options", "error"), BAD_OPTIONS + BAD_LMDB_OPTIONS, ids=str)
 def test_bad_option_is_refused_and_nothing_stays_open(open_store, options, error):
     with pytest.raises(error):
         open_store(**options)
-    # lmdb opens no file twice in one process: this would raise.
+    # LMDB opens no file twice in one process: this would raise.
     store = open_store()
     store[b"k"] = 1
     assert store[b"k"] == 1
 
 
-@pytest.mark.parametrize(("options", "error"), BAD_OPTIONS[:-3], ids=str)
-def test_bad_option_is_refused_before_anything_is_created(
-    open_store, tmp_path, options, error
-):
-    with pytest.raises(error) as info:
-        open_store(**options)
-    assert list(options)[-1] in str(info.value)
-    assert not any(tmp_path.iterdir())
+def test_options_are_checked_before_anything_is_created(open_store, tmp_path):
+    for options, error in BAD_OPTIONS:
+        with pytest.raises(error):
+            open_store(**options)
+        assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("db_path", [None, 5, object()])
@@ -104,7 +104,7 @@ def test_good_options_are_taken(open_store):
         str_normalize="NFKD",
         max_spare_txns=0,
     )
-    open_store("infinite", growth_timeout=float("inf"))[b"k"] = bytes(20 * MIB)
+    open_store("unhurried", growth_timeout=float("inf"))[b"k"] = bytes(20 * MIB)
 
 
 def test_batch_size_is_the_second_argument(tmp_path):
@@ -274,10 +274,10 @@ def test_writemap_grows(open_store):
             store[b"%d" % n] = bytes([n]) * 100_000
             store.flush()
             assert store[b"0"] == bytes(100_000)
-        store.put_many({b"batch": bytes(100 * MIB)})
+        store.put_many({b"batch": bytes(80 * MIB)})
     store = open_store(writemap=True)
     assert all(store[b"%d" % n] == bytes([n]) * 100_000 for n in range(40))
-    assert len(store[b"batch"]) == 100 * MIB
+    assert len(store[b"batch"]) == 80 * MIB
 
 
 def test_map_size_below_the_existing_file_is_enlarged(open_store):
@@ -370,11 +370,11 @@ def test_file_system_mounted_read_only(open_store, tmp_path, subdir):
     with open_store("mount/db", subdir=subdir) as store:
         store[b"k"] = 1
         store[b"large"] = bytes(MIB)
-    mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "${@:2}"'
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     python = [sys.executable, "-W", "error", "-c", textwrap.dedent(READ_ONLY_MOUNT)]
+    arguments = [tmp_path / "mount", store.db_path]
     run = subprocess.run(
-        ["unshare", "-m", "bash", "-c", mount, "bash", tmp_path / "mount"]
-        + [*python, tmp_path / "mount", store.db_path],
+        ["unshare", "-m", "sh", "-c", mount, arguments[0], *python, *arguments],
         capture_output=True,
         text=True,
         timeout=60,

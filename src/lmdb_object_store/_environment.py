@@ -318,12 +318,11 @@ class SharedEnvironment(Gate):
         buffer, so no other thread can have seen it.
         """
         with self.buffer_lock:
-            buffer = self.buffer
-            count = len(buffer) + (key not in buffer)
+            count = len(self.buffer) + (key not in self.buffer)
             total = self.buffer_bytes + len(key) + len(raw or b"")
             if total >= batch_bytes:
                 # Overwritten values count twice, so look closely.
-                total = _size({**buffer, key: raw})
+                total = _size({**self.buffer, key: raw})
             full = count >= batch_size or total >= batch_bytes
             if full or not self.plain:
                 self.check_writable()
@@ -334,8 +333,9 @@ class SharedEnvironment(Gate):
                     and total < 2 * batch_bytes
                 )
                 full = (self.exiting or not patient) and not self.inside()
-            if not full:
-                buffer[key] = raw
+            # No call from here on: a signal handler could close the store.
+            if not full and not self.closing:
+                self.buffer[key] = raw
                 self.buffer_bytes = total
                 return
         self.exclusively(self._flush, {key: raw})
@@ -400,7 +400,7 @@ class SharedEnvironment(Gate):
         Puts go on meanwhile: only what is still the same object is taken out.
         """
         pending = dict(self.buffer)
-        batch = {**pending, **(extra or {})}
+        batch = {**pending, **extra} if extra else pending
         if not batch:
             return
         try:
@@ -425,11 +425,16 @@ class SharedEnvironment(Gate):
     def _settle(self, pending: Batch, committed: Batch) -> None:
         """Take out of the buffer what was `pending` when `committed` began."""
         with self.buffer_lock:
+            # Between comparing and taking out there is no call and no allocation:
+            # a signal handler's or finalizer's put must not come between.
+            empty: Batch = {}
+            if committed.keys() >= pending.keys() and self.buffer == pending:
+                self.buffer = empty
+                self.buffer_bytes = 0
+                return
             buffer = self.buffer
             for key in committed:
                 old = pending.get(key, ABSENT)
-                # No call from here to the del: a signal handler's put must not
-                # come between (see Gate).
                 if key in buffer and buffer[key] is old:
                     del buffer[key]
             self.buffer_bytes = _size(buffer)
@@ -452,8 +457,12 @@ class SharedEnvironment(Gate):
         LMDB's verifier calls a file damaged in which one transaction wrote a
         large value and then a smaller one under the same key.
         """
-        deletions = sorted(key for key in batch if batch[key] is None)
-        puts = sorted((key, raw) for key, raw in batch.items() if raw is not None)
+        deletions: list[bytes] = []
+        keys = sorted(batch)
+        if None in batch.values():
+            deletions = [key for key in keys if batch[key] is None]
+            keys = [key for key in keys if batch[key] is not None]
+        puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
         while True:
             begin = self._begin
             try:
@@ -485,7 +494,7 @@ class SharedEnvironment(Gate):
         self,
         begin: Callable[..., lmdb.Transaction[Any]],
         deletions: list[bytes],
-        puts: list[tuple[bytes, bytes]],
+        puts: list[tuple[bytes, Any]],
     ) -> None:
         """Raise `lmdb.MapFullError` if writing this would use up the reserve."""
         filler = bytes(self._page_size - 64)  # takes a page of its own
@@ -782,7 +791,7 @@ def _size(batch: Batch) -> int:
 def _apply(
     txn: lmdb.Transaction[Any],
     deletions: list[bytes],
-    puts: list[tuple[bytes, bytes]],
+    puts: list[tuple[bytes, Any]],
 ) -> None:
     for key in deletions:
         txn.delete(key)

@@ -339,10 +339,11 @@ class LmdbObjectStore(Generic[_K, _V]):
         if size > env.max_value:
             self._refuse_value(encoded, size)
         with env.buffer_lock:
-            buffer = env.buffer
+            count = len(env.buffer)
             size += env.buffer_bytes + len(encoded)
-            if env.plain and len(buffer) < self._room and size < self._batch_bytes:
-                buffer[encoded] = raw
+            # No call from here on: a signal handler could close the store.
+            if count < self._room and size < self._batch_bytes and env.plain:
+                env.buffer[encoded] = raw
                 env.buffer_bytes = size
                 return
         env.write(encoded, raw, self._batch_size, self._batch_bytes)
@@ -362,6 +363,7 @@ class LmdbObjectStore(Generic[_K, _V]):
         """
         batch: dict[bytes, bytes | None] = {}
         encode = self._codec.encode
+        longest = self._max_key
         most = self._env.max_value
         pairs = items.items() if hasattr(items, "items") else items
         for item in pairs:
@@ -372,7 +374,8 @@ class LmdbObjectStore(Generic[_K, _V]):
                     f"put_many() takes a mapping or pairs of key and value, not "
                     f"{type(item).__name__}"
                 ) from None
-            key = encode(key)
+            if type(key) is not bytes or not 0 < len(key) <= longest:
+                key = encode(key)
             try:
                 batch[key] = raw = dumps(obj, HIGHEST_PROTOCOL)
             except Exception as error:
