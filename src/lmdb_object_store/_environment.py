@@ -466,7 +466,7 @@ class SharedEnvironment(Gate):
         while True:
             begin = self._begin
             try:
-                if puts and self._near_cap(batch):
+                if (puts or len(batch) > 1) and self._near_cap(batch):
                     self._rehearse(begin, deletions, puts)
                 with begin(write=True) as txn:
                     _apply(txn, deletions, puts)
@@ -496,11 +496,15 @@ class SharedEnvironment(Gate):
         deletions: list[bytes],
         puts: list[tuple[bytes, Any]],
     ) -> None:
-        """Raise `lmdb.MapFullError` if writing this would use up the reserve."""
+        """Raise `lmdb.MapFullError` if writing this would use up the reserve.
+
+        Deletions may use half of it, a single one all.
+        """
         filler = bytes(self._page_size - 64)  # takes a page of its own
-        reserve = [
-            (_spare_key(number), filler) for number in range(self._reserve_pages())
-        ]
+        pages = self._reserve_pages()
+        if not puts:
+            pages = max(8, pages // 2)
+        reserve = [(_spare_key(number), filler) for number in range(pages)]
         with begin(write=True) as txn:
             _apply(txn, deletions, puts)
             _apply(txn, [], reserve)
@@ -515,15 +519,16 @@ class SharedEnvironment(Gate):
             len(batch) * stat["depth"], stat["branch_pages"] + stat["leaf_pages"]
         )
         pages = self.env.info()["last_pgno"] + 1 + touched + 8
-        small = 0
+        size = 0
         for key, raw in batch.items():
-            size = len(key) + len(raw or b"") + 16
-            if size > page // 2:
-                pages += size // page + 1
-                size = len(key) + 16
-            small += size
-        # ... and leaves are half full, at worst.
-        return (pages + pages // 512) * page + 2 * small
+            node = len(key) + len(raw or b"") + 16
+            if node > page // 2:
+                pages += node // page + 1
+                node = len(key) + 24
+            # ... and leaves are half full, at worst, or a third, where they hold
+            # few entries; there are branches above them, too.
+            size += page if node > page // 4 else 3 * node
+        return (pages + pages // 512) * page + size
 
     def _recycle(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
         """At the cap, make the pages usable that the last commit has freed.
