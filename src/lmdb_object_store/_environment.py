@@ -5,7 +5,6 @@ opened it lives in one `SharedEnvironment` per file and process.
 
 Locks, in the order in which they may be taken together:
 
-- *registry* (module): which environments are open.
 - *write lock*: one writer of the process. Held over commits, growth and close;
   never while user code runs.
 - *gate* (see `_gate`): reads share it, who moves or unmaps the map has it alone.
@@ -20,14 +19,11 @@ have to wait for the call that it interrupted.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from errno import EIO, ENOSPC
 from itertools import count
 from math import inf
@@ -39,6 +35,7 @@ import lmdb
 
 from ._gate import Gate
 from ._keys import describe
+from ._process import register, unregister
 from ._reading import LargeValue, ManyValues, is_blob
 from .exceptions import (
     BusyError,
@@ -129,7 +126,7 @@ class SharedEnvironment(Gate):
         self.lost: Batch = {}  # the buffer of a failed close
 
         self.set_cap(max_map_size)
-        _register(self)
+        register(self)
 
     def _attach(self, env: lmdb.Environment) -> None:
         self.env = env
@@ -689,7 +686,7 @@ class SharedEnvironment(Gate):
                 self.env.sync(True)
 
     def _shut(self) -> None:
-        _open_environments.pop(id(self), None)
+        unregister(self)
         try:
             self.env.close()
         finally:
@@ -802,53 +799,3 @@ def _apply(
         txn.delete(key)
     with txn.cursor() as cursor:
         cursor.putmulti(puts)
-
-
-# Exit and fork
-
-_open_environments: dict[int, SharedEnvironment] = {}
-
-
-_exiting = False
-_hooked: int | None = None  # the process whose multiprocessing knows of us
-
-
-def _register(env: SharedEnvironment) -> None:
-    _open_environments[id(env)] = env
-    if _exiting:
-        env.write_through()
-    # A child of multiprocessing ends without running atexit functions (3.10 to
-    # 3.12), but runs its own finalizers. It forgets those that were registered
-    # before its start, and then calls what was registered for that moment.
-    global _hooked
-    util = sys.modules.get("multiprocessing.util")
-    if util is None or _hooked == os.getpid():
-        return
-    _hooked = os.getpid()
-    if sys.modules["multiprocessing.process"].parent_process() is None:
-        util.register_after_fork(_flush_at_exit, _hook)
-    else:
-        _hook()
-
-
-def _hook(_: object = None) -> None:
-    sys.modules["multiprocessing.util"].Finalize(None, _flush_at_exit, exitpriority=0)
-
-
-@atexit.register
-def _flush_at_exit() -> None:
-    global _exiting
-    _exiting = True
-    with ExitStack() as stack:  # calls all of them, whatever one raises
-        for env in list(_open_environments.values()):
-            stack.callback(env.flush_at_exit)
-
-
-def _disinherit() -> None:
-    for env in _open_environments.values():
-        env.disinherit()
-    _open_environments.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disinherit)

@@ -1,0 +1,71 @@
+"""The open environments of this process, and what its end and its forks mean to them.
+
+At exit all are flushed. A child made by fork gives up what it inherits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._environment import SharedEnvironment
+
+_open: dict[int, SharedEnvironment] = {}
+_exiting = False
+_hooked: int | None = None  # the process whose multiprocessing knows of us
+
+
+def register(env: SharedEnvironment) -> None:
+    """Take care of `env` until `unregister`."""
+    _open[id(env)] = env
+    if _exiting:
+        env.write_through()
+    # A child of multiprocessing ends without running atexit functions (3.10 to
+    # 3.12), but runs its own finalizers. It forgets those that were registered
+    # before its start, and then calls what was registered for that moment.
+    util = sys.modules.get("multiprocessing.util")
+    if util is None or _hooked == os.getpid():
+        return
+    if sys.modules["multiprocessing.process"].parent_process() is None:
+        util.register_after_fork(_flush_all, _hook)
+        _set_hooked()
+    else:
+        _hook()
+
+
+def unregister(env: SharedEnvironment) -> None:
+    """Forget a closed `env`."""
+    _open.pop(id(env), None)
+
+
+def _hook(_: object = None) -> None:
+    sys.modules["multiprocessing.util"].Finalize(None, _flush_all, exitpriority=0)
+    _set_hooked()
+
+
+def _set_hooked() -> None:
+    global _hooked
+    _hooked = os.getpid()
+
+
+def _flush_all() -> None:
+    global _exiting
+    _exiting = True
+    with ExitStack() as stack:  # calls all of them, whatever one raises
+        for env in list(_open.values()):
+            stack.callback(env.flush_at_exit)
+
+
+def _disinherit_all() -> None:
+    for env in _open.values():
+        env.disinherit()
+    _open.clear()
+
+
+atexit.register(_flush_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disinherit_all)
