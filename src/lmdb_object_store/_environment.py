@@ -12,19 +12,19 @@ Locks, in the order in which they may be taken together:
   So a put waits for no commit.
 
 A signal handler or a finalizer can run inside any of this, on the same thread.
-The locks are re-entrant, `exclusively` and `inside` tell such a call apart: it may
+The locks are re-entrant, `as_writer` and `inside` tell such a call apart: it may
 put and delete (which then only buffers), and gets a `BusyError` for what would
 have to wait for the call that it interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from errno import EIO, ENOSPC
 from itertools import count
 from math import inf
 from pickle import loads
@@ -35,8 +35,8 @@ import lmdb
 
 from ._gate import Gate
 from ._keys import describe
-from ._process import register, unregister
-from ._reading import LargeValue, ManyValues, is_blob
+from ._process import let_go, unregister
+from ._reading import LARGE, ManyValues, is_blob, keep, load
 from .exceptions import (
     BusyError,
     ClosedError,
@@ -52,14 +52,15 @@ _R = TypeVar("_R")
 Batch = dict[bytes, bytes | None]  # what to write under each key; None deletes it
 
 ABSENT: Any = object()
-LARGE = 128 * 2**10
-"""Bytes from which a value is unpickled out of the map piece by piece.
-
-Below, copying it first is faster (measured: 64 KiB 3.1 against 3.8 µs, 256 KiB
-10.6 against 7.5, 1 MiB 92 against 43).
-"""
 _GROWTH = 64 * 2**20
-_MAX_VALUE = 2**32 - 1  # MAXDATASIZE in LMDB's mdb.c
+_DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG}
+_DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
+_DISK_CODES.add(-30772)  # MDB_SHORT_WRITE of LMDB 1.0
+if os.name == "nt":
+    _DISK_CODES |= {39, 112}  # ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
+MAX_VALUE = 2**32 - 1  # MAXDATASIZE in LMDB's mdb.c
+_MIN_PAGES = 14
+"""Pages of the smallest map that takes an entry and keeps the reserve."""
 _READ_FLUSH_PAUSE = 1.0
 """Seconds for which reads leave a buffer alone that they could not flush."""
 _EXIT_PATIENCE = 5.0
@@ -99,6 +100,7 @@ class SharedEnvironment(Gate):
 
         # Guarded by the write lock.
         self.writer: int | None = None  # the thread that holds it
+        let_go(self._file_identity())
         self._attach(lmdb.open(path, **options))
         if options.get("writemap") and self.env.lib_version() >= (1,):
             self.env.close()
@@ -107,29 +109,29 @@ class SharedEnvironment(Gate):
                 "frees pages can abort the process (seen with 1.0.2). "
                 f"Open {path!r} without writemap, or make it with lib_version=0."
             )
-        self._identity = self._file_identity()
+        self.identity = self._file_identity()
         self._page_size: int = self.env.stat()["psize"]
         self._map_size: int = self.env.info()["map_size"]
         self._recycled = -1  # the transaction that `_recycle` committed last
         self._large_seen = False  # spares stores of small values a memoryview a read
         self._read_flush_due = 0.0  # when a read may try again what failed
         self.closed = False
-        self._state = "closed"  # when it is
-        self._news: list[tuple[Any, ...]] = []  # to be logged without the lock
+        self._closed_text = "closed"  # when it is
+        self._to_log: list[tuple[Any, ...]] = []  # to be logged without the lock
 
         # Guarded by the buffer lock.
         self.buffer: Batch = {}
         self.buffer_bytes = 0  # of keys and values, overwritten ones included
-        self.plain = not self.readonly  # a put may just buffer
+        self.may_buffer = not self.readonly  # a put may just buffer
         self.closing = False
         self.exiting = False
         self.lost: Batch = {}  # the buffer of a failed close
 
         self.set_cap(max_map_size)
-        register(self)
 
     def _attach(self, env: lmdb.Environment) -> None:
         self.env = env
+        # A new object each time: it also tells `_repair` what it was that failed.
         self._begin: Callable[..., lmdb.Transaction[Any]] = env.begin
 
     def _file_identity(self) -> tuple[int, int] | None:
@@ -142,13 +144,14 @@ class SharedEnvironment(Gate):
     def set_cap(self, max_map_size: int | None) -> None:
         """Change how far the map may grow by itself."""
         self.max_map_size = max_map_size
-        self.max_value = _MAX_VALUE
+        self.max_value = MAX_VALUE
         if max_map_size is not None:
             # Beside the value an otherwise empty file holds two meta pages, a leaf
             # (old and new) and the list of free pages. Small ones fit in leaves.
             pages = max_map_size // self._page_size
-            pages -= self._reserve_pages() + 8 + pages // 512
-            self.max_value = min(_MAX_VALUE, max(1, pages) * self._page_size)
+            room = max(1, pages - self._reserve_pages() - 8 - pages // 512)
+            room *= self._page_size if pages >= _MIN_PAGES else 0
+            self.max_value = min(MAX_VALUE, room)
         self._read_flush_due = 0.0
 
     def _reserve_pages(self) -> int:
@@ -189,16 +192,14 @@ class SharedEnvironment(Gate):
                     raw = begin().get(key)
                 if raw is None:
                     return default
-                if probe:
-                    return True
                 if len(raw) >= LARGE:
                     self._large_seen = True
-                    if views:
-                        if is_blob(raw):
-                            return loads(raw)  # runs no user code
-                        raw = LargeValue(self, txn, raw)
-                elif views:
-                    raw = raw.tobytes()
+                if probe:
+                    return True
+                if views:
+                    if is_blob(raw):
+                        return loads(raw)  # runs no user code
+                    raw = keep(self, txn, raw)
                 txn = None
             except lmdb.Error as error:
                 txn = None
@@ -207,7 +208,7 @@ class SharedEnvironment(Gate):
                 return self.read(key, default, probe)
             readers[me] = outer or False  # out of the gate: user code from here
             try:
-                return loads(raw) if type(raw) is bytes else raw.load()
+                return loads(raw) if type(raw) is bytes else load(raw)
             except Exception as error:
                 raise _unpickle_error(key, "DB", error) from error
         finally:
@@ -219,14 +220,14 @@ class SharedEnvironment(Gate):
 
     def read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         """Return what is stored under `keys`, pending or not, at one moment."""
-        return self.reading(self._read_many, keys)
+        return self.outside_gate(self._read_many, keys)
 
     def _read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         pending, stored = self._repairing(self.repair, self._begin_many, keys)
         found: dict[bytes, Any] = {}
         try:
             while True:
-                chunk, raws = self.shared(stored.next_chunk)
+                chunk, raws = self.in_gate(stored.next_chunk)
                 if not chunk:
                     return found
                 if pending:
@@ -237,8 +238,9 @@ class SharedEnvironment(Gate):
                     if raw is not None
                 }
                 before = len(found)
+                unpickle = load if self._large_seen else loads
                 try:
-                    found.update(zip(hits, map(loads, hits.values()), strict=True))
+                    found.update(zip(hits, map(unpickle, hits.values()), strict=True))
                 except Exception as error:
                     key = list(hits)[len(found) - before]
                     source = "buffered" if key in pending else "DB"
@@ -247,14 +249,16 @@ class SharedEnvironment(Gate):
             stored.release()
 
     def _begin_many(
-        self, begin: Callable[[], lmdb.Transaction[bytes]], keys: Iterable[bytes]
-    ) -> tuple[Batch, ManyValues]:
+        self, begin: Callable[..., lmdb.Transaction[Any]], keys: Iterable[bytes]
+    ) -> tuple[dict[bytes, Any], ManyValues]:
         # A put waits for the buffer lock, and a flush takes nothing out of the
         # buffer without it: what is pending and the transaction show one moment.
         with self.buffer_lock:
             buffer = self.buffer
             pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
-            return pending, ManyValues(self, begin(), keys)
+            views = self._large_seen
+            txn = begin(None, None, False, views)
+            return pending, ManyValues(self, txn, keys, views)
 
     def _repairing(
         self,
@@ -266,14 +270,14 @@ class SharedEnvironment(Gate):
         while True:
             begin = self._begin
             try:
-                return self.shared(action, begin, *args)
+                return self.in_gate(action, begin, *args)
             except lmdb.Error as error:
                 repair(error, begin)
 
     def unpickle_buffered(self, key: bytes, raw: bytes) -> Any:
         """Return the object of a pending write."""
         try:
-            return self.reading(loads, raw)
+            return self.outside_gate(loads, raw)
         except Exception as error:
             raise _unpickle_error(key, "buffered", error) from error
 
@@ -288,7 +292,7 @@ class SharedEnvironment(Gate):
             raise self._closed_error() from None
         if self.inside():
             raise error
-        self.exclusively(self._repair, error, begin)
+        self.as_writer(self._repair, error, begin)
 
     def _repair(self, error: lmdb.Error, begin: Any) -> None:
         if self.closed:
@@ -297,8 +301,10 @@ class SharedEnvironment(Gate):
             return  # another thread was faster
         if isinstance(error, lmdb.MapResizedError):
             self._resize(0)
-        elif isinstance(error, lmdb.ReadersFullError) and self.env.reader_check():
-            self._tell(logging.INFO, "Cleared reader slots of dead processes")
+        elif isinstance(error, lmdb.ReadersFullError):
+            # That detaches what this process reads, too.
+            self.alone(self.growth_timeout, self.env.reader_check)
+            self._begin()  # raises the same again if no slot is free now
         elif isinstance(error, lmdb.PanicError) or not self._alive():
             self.alone(self.growth_timeout, self._reopen)
         else:
@@ -314,63 +320,71 @@ class SharedEnvironment(Gate):
         If that flush fails, the write is refused: it has never been in the
         buffer, so no other thread can have seen it.
         """
-        with self.buffer_lock:
-            count = len(self.buffer) + (key not in self.buffer)
-            total = self.buffer_bytes + len(key) + len(raw or b"")
-            if total >= batch_bytes:
-                # Overwritten values count twice, so look closely.
+        count = len(self.buffer) + (key not in self.buffer)
+        size = len(key) + len(raw or b"")
+        total = self.buffer_bytes + size
+        full = count >= batch_size or total >= batch_bytes
+        if full or not self.may_buffer:
+            self.check_writable()
+            # Don't wait for another thread's commit, within reason.
+            busy = self.writer is not None and not self.exiting
+            if self.inside() or (
+                busy and count < 2 * batch_size and total < 2 * batch_bytes
+            ):
+                full = False
+            elif count < batch_size and not self.exiting:
+                # Overwritten values are counted twice, so look closely.
                 total = _size({**self.buffer, key: raw})
-            full = count >= batch_size or total >= batch_bytes
-            if full or not self.plain:
-                self.check_writable()
-                # Don't wait for another thread's commit, within reason.
-                patient = (
-                    self.writer is not None
-                    and count < 2 * batch_size
-                    and total < 2 * batch_bytes
-                )
-                full = (self.exiting or not patient) and not self.inside()
-            # No call from here on: a signal handler could close the store.
-            if not full and not self.closing:
-                self.buffer[key] = raw
-                self.buffer_bytes = total
-                return
-        self.exclusively(self._flush, {key: raw})
+                full = total >= batch_bytes
+                size += total - size - self.buffer_bytes
+            else:
+                full = True
+        if not full:
+            with self.buffer_lock:  # no call in here: see put
+                if not self.closing:
+                    self.buffer[key] = raw
+                    self.buffer_bytes += size
+                    return
+        self.as_writer(self._flush, {key: raw})
 
     def remove(self, key: bytes, batch_size: int) -> bool:
         """Delete an entry that must exist; return whether it did."""
-        self.check_writable()
-        return self.exclusively(self._remove, key, batch_size)
+        return self.as_writer(self._remove, key, batch_size)
 
     def _remove(self, key: bytes, batch_size: int) -> bool:
+        self.check_writable()
         pending = self.buffer.get(key, ABSENT)
         if pending is ABSENT:
-            pending = self._repairing(self._repair, lambda begin: begin().get(key))
+            pending = self._repairing(
+                self._repair, lambda begin: begin(None, None, False, True).get(key)
+            )
         if pending is None:
             return False
-        if len(self.buffer) + 1 < batch_size and not self.exiting:
-            self.write(key, None, batch_size, _MAX_VALUE)  # inside: only buffers
-        else:
+        if len(self.buffer) + 1 >= batch_size or self.exiting:
             self._flush({key: None})
+            return True
+        with self.buffer_lock:
+            self.buffer[key] = None
+            self.buffer_bytes += len(key)
         return True
 
     def write_many(self, batch: Batch) -> None:
         """Flush what is pending, then write `batch` in one transaction."""
-        self.check_writable()
-        self.exclusively(self._write_many, batch)
+        self.as_writer(self._write_many, batch)
 
     def _write_many(self, batch: Batch) -> None:
-        self._flush()
+        self.check_writable()
+        self._flush()  # what other threads put from here on counts as put later
         if batch:
-            # What other threads put from here on counts as put after the batch.
-            pending = dict(self.buffer)
             self._commit(batch)
-            self._settle(pending, batch)
 
     def flush(self) -> None:
         """Persist what is pending."""
+        self.as_writer(self._checked_flush)
+
+    def _checked_flush(self) -> None:
         self.check_writable()
-        self.exclusively(self._flush)
+        self._flush()
 
     def flush_for_read(self) -> None:
         """Persist what is pending, unless that would wait or has just failed."""
@@ -382,7 +396,7 @@ class SharedEnvironment(Gate):
         ):
             return
         try:
-            self.exclusively(self._flush)
+            self.as_writer(self._flush)
         except Exception:
             self._read_flush_due = time.monotonic() + _READ_FLUSH_PAUSE
             log.error(
@@ -403,20 +417,21 @@ class SharedEnvironment(Gate):
         try:
             self._commit(batch)
         except GrowthError:
-            deletions: Batch = {key: None for key in batch if batch[key] is None}
-            if not deletions:
+            # Deletions by themselves may make the room that the puts need.
+            deletions: Batch = {key: None for key in pending if pending[key] is None}
+            wanted: Batch = {key: None for key in extra or {} if batch[key] is None}
+            if not deletions and not wanted:
                 raise
-            # Deleting may make the room that the puts need.
-            self._commit_deletions(sorted(deletions))
-            self._settle(pending, deletions)
-            rest: Batch = {key: raw for key, raw in batch.items() if raw is not None}
+            for part in filter(None, (deletions, wanted)):
+                self._commit_deletions(sorted(part))
+                self._settle(pending, part)
+            batch = {key: raw for key, raw in batch.items() if raw is not None}
             try:
-                self._commit(rest)
-            except GrowthError:
-                if extra and deletions.keys() >= extra.keys():
+                self._commit(batch)
+            except lmdb.Error:
+                if wanted:
                     return  # what was asked for is done
                 raise
-            batch = rest
         self._settle(pending, batch)
 
     def _settle(self, pending: Batch, committed: Batch) -> None:
@@ -430,9 +445,8 @@ class SharedEnvironment(Gate):
                 self.buffer_bytes = 0
                 return
             buffer = self.buffer
-            for key in committed:
-                old = pending.get(key, ABSENT)
-                if key in buffer and buffer[key] is old:
+            for key, raw in pending.items():
+                if key in committed and key in buffer and buffer[key] is raw:
                     del buffer[key]
             self.buffer_bytes = _size(buffer)
 
@@ -472,7 +486,7 @@ class SharedEnvironment(Gate):
                 if not self._recycle(begin):
                     self._grow(batch)
             except lmdb.Error as error:
-                if getattr(error, "code", 0) in (EIO, ENOSPC):
+                if getattr(error, "code", 0) in _DISK_CODES:
                     raise DiskError(
                         f"{error}. The disk under {self.path!r} is probably full, or "
                         "failing. Nothing of this was written; what was pending "
@@ -542,7 +556,7 @@ class SharedEnvironment(Gate):
                     if txn.put(key, b"", overwrite=False):
                         txn.delete(key)
                         break
-        except lmdb.MapFullError:
+        except lmdb.Error:
             return False
         self._recycled = self.env.info()["last_txnid"]
         return True
@@ -562,13 +576,15 @@ class SharedEnvironment(Gate):
                 "what was pending still is."
             )
         self._resize(wanted)
-        self._tell(logging.INFO, f"Map grown from {size} to {wanted} bytes")
+        self._log_later(logging.INFO, f"Map grown from {size} to {wanted} bytes")
 
     def _resize(self, size: int) -> None:
         """Move the map; 0 adopts the size that another process has set."""
         try:
             self.alone(self.growth_timeout, self._set_map_size, size)
         except (lmdb.Error, MemoryError) as error:
+            if not size:
+                raise
             raise GrowthError(
                 f"The map of {self.path!r} is full and could not be grown to {size} "
                 f"bytes: {error} What was pending still is; flush again later."
@@ -582,6 +598,7 @@ class SharedEnvironment(Gate):
                 self._reopen()
             raise
         self._map_size = self.env.info()["map_size"]
+        self._attach(self.env)
 
     def _alive(self) -> bool:
         try:
@@ -593,17 +610,17 @@ class SharedEnvironment(Gate):
     def _reopen(self) -> None:
         """Open the same file again, which an error has put out of action."""
         self.env.close()
-        if self._file_identity() != self._identity:
+        if self._file_identity() != self.identity:
             raise ClosedError(
                 f"The store at {self.path!r} had to be reopened, but its data file "
                 "is gone or was replaced by another one."
             )
         options = {**self._options, "map_size": self._map_size, "create": False}
         self._attach(lmdb.open(self.path, **options))
-        self._tell(logging.WARNING, "Environment reopened after an error")
+        self._log_later(logging.WARNING, "Environment reopened after an error")
 
-    def _tell(self, level: int, what: str) -> None:
-        self._news.append((level, "%s: %s", self.path, what))
+    def _log_later(self, level: int, what: str) -> None:
+        self._to_log.append((level, "%s: %s", self.path, what))
 
     # Locks
 
@@ -612,7 +629,7 @@ class SharedEnvironment(Gate):
         me = get_ident()
         return self.writer == me or self.readers.get(me, False)
 
-    def exclusively(self, action: Callable[..., _R], *args: Any) -> _R:
+    def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` under the write lock; it must not run user code.
 
         Raises
@@ -634,7 +651,7 @@ class SharedEnvironment(Gate):
                     return action(*args)
                 finally:
                     self.writer = None
-                    news, self._news = self._news, news
+                    news, self._to_log = self._to_log, news
         finally:
             for line in news:  # a logging handler is user code: it may wait for us
                 log.log(*line)
@@ -659,7 +676,7 @@ class SharedEnvironment(Gate):
                 "(by something that an unpickling runs, for example); close it "
                 "after the read."
             )
-        error = self.exclusively(self._close)
+        error = self.as_writer(self._close)
         if error is not None:
             self._log_loss("Final flush", error)
         return error
@@ -669,7 +686,7 @@ class SharedEnvironment(Gate):
             return None
         with self.buffer_lock:
             self.closing = True
-            self.plain = False
+            self.may_buffer = False
         error = None
         try:
             self._finish()
@@ -715,7 +732,7 @@ class SharedEnvironment(Gate):
             if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
                 raise BusyError("Another thread is still writing.")
             try:
-                self.exclusively(self._finish)
+                self.as_writer(self._finish)
             finally:
                 self.write_lock.release()
         except Exception as error:
@@ -726,7 +743,7 @@ class SharedEnvironment(Gate):
         """Flush with every write from now on."""
         with self.buffer_lock:
             self.exiting = True
-            self.plain = False
+            self.may_buffer = False
 
     def disinherit(self) -> None:
         """In a child made by fork: leave everything to the parent.
@@ -735,24 +752,20 @@ class SharedEnvironment(Gate):
         that don't exist here, and a read transaction that is aborted or closed
         here would free a reader slot that the parent is using.
         """
-        at_rest = self.writer is None and True not in self.readers.values()
-        for pin in list(self._pins):
+        self.at_rest = self.writer is None and True not in self.readers.values()
+        for pin in self.pins():
             pin.release()
         super().__init__()
         self.write_lock = RLock()
         self.buffer_lock = RLock()
         self.closing = self.closed = True
-        self.plain = False
+        self.may_buffer = False
         self.buffer = {}
         self._begin = self._refuse
-        self._state = (
+        self._closed_text = (
             "closed in this child process: it belongs to the parent, which opened it "
             "before the fork. Open a store of your own here"
         )
-        if at_rest:
-            # Else LMDB would wait for a thread that doesn't exist. py-lmdb opens
-            # no file twice, so the child can't open this one then.
-            self.env.close()
 
     def _refuse(self, *_: object) -> lmdb.Transaction[Any]:
         raise self._closed_error()
@@ -775,7 +788,7 @@ class SharedEnvironment(Gate):
         )
 
     def _closed_error(self) -> ClosedError:
-        return ClosedError(f"The store at {self.path!r} is {self._state}.")
+        return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
 
 
 def _unpickle_error(key: bytes, source: str, error: Exception) -> UnpickleError:

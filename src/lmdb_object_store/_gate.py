@@ -5,8 +5,9 @@ whoever does that must know that no read is in the map. Two kinds of reader are
 told apart:
 
 - A thread *in the gate* has a transaction or a view of the map in its hands. It
-  runs none of the user's code there, so it leaves within microseconds, and who
-  wants the gate alone waits for it.
+  calls none of the user's code there (but may be interrupted by a signal handler
+  or a finalizer), so it leaves within microseconds, and who wants the gate alone
+  waits for it.
 - A `Pin` outlives one passage: the value being unpickled piece by piece, the
   keys of one `get_many`. User code runs meanwhile, for as long as it likes, so
   nobody waits for a pin: who has the gate alone makes it *detach*, that is copy
@@ -68,10 +69,10 @@ class Gate:
         self.barred: int | None = None
         # Held while barred, for readers to wait on.
         self._bar = RLock()
-        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
+        self._pins: set[weakref.ref[Pin]] = set()
 
-    def shared(self, action: Callable[..., _R], *args: Any) -> _R:
-        """Call `action` in the gate; it must not run user code."""
+    def in_gate(self, action: Callable[..., _R], *args: Any) -> _R:
+        """Call `action`, a read that has the map in its hands, and no user code."""
         readers = self.readers
         me = get_ident()
         outer = readers.get(me)
@@ -86,8 +87,8 @@ class Gate:
             else:
                 readers[me] = outer
 
-    def reading(self, action: Callable[..., _R], *args: Any) -> _R:
-        """Call `action`, a read outside the gate: it may run user code."""
+    def outside_gate(self, action: Callable[..., _R], *args: Any) -> _R:
+        """Call `action`, a read that may run user code, and count it as one."""
         readers = self.readers
         me = get_ident()
         outer = readers.get(me)
@@ -112,7 +113,11 @@ class Gate:
 
     def pin(self, pin: Pin) -> None:
         """Make `pin` detach before the map moves. Call it in the gate."""
-        self._pins.add(pin)
+        self._pins.add(weakref.ref(pin, self._pins.discard))
+
+    def pins(self) -> list[Pin]:
+        """Return the pins that are still in use."""
+        return [pin for ref in list(self._pins) if (pin := ref()) is not None]
 
     def alone(self, timeout: float, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` when no thread is in the gate and all pins are detached.
@@ -131,7 +136,7 @@ class Gate:
                 self.barred = me
                 try:
                     if self._drained():
-                        for pin in list(self._pins):
+                        for pin in self.pins():
                             pin.detach()
                         return action(*args)
                 finally:

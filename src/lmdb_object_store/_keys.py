@@ -105,7 +105,14 @@ class KeyCodec:
         )
 
     def decode(self, raw: bytes) -> str:
-        """Return the text of an encoded key."""
-        if self.encoding is None:
-            raise ValueError("Decoding requested but key_encoding is not set.")
-        return raw.decode(self.encoding, self.errors)
+        """Return the text of an encoded key.
+
+        Raises
+        ------
+        ValueError
+            It is no text in that codec.
+        """
+        try:
+            return raw.decode(self.encoding or "", self.errors)
+        except TypeError as error:  # a handler that only encodes
+            raise ValueError(f"Key {describe(raw)} can't be decoded: {error}") from None

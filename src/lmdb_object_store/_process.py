@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._environment import SharedEnvironment
 
 _open: dict[int, SharedEnvironment] = {}
+_inherited: list[SharedEnvironment] = []  # the parent's
 _exiting = False
 _hooked: int | None = None  # the process whose multiprocessing knows of us
 
@@ -42,6 +43,17 @@ def unregister(env: SharedEnvironment) -> None:
     _open.pop(id(env), None)
 
 
+def let_go(identity: tuple[int, int] | None) -> None:
+    """Close what was inherited of a data file, so that it can be opened here.
+
+    py-lmdb opens no file twice. Not done at the fork: closing frees the reader
+    slots of the parent's own transactions, and most children don't use the store.
+    """
+    for env in _inherited:
+        if env.identity == identity and env.at_rest:
+            env.env.close()
+
+
 def _hook(_: object = None) -> None:
     sys.modules["multiprocessing.util"].Finalize(None, _flush_all, exitpriority=0)
     _set_hooked()
@@ -63,6 +75,7 @@ def _flush_all() -> None:
 def _disinherit_all() -> None:
     for env in _open.values():
         env.disinherit()
+    _inherited.extend(_open.values())
     _open.clear()
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
-from pickle import Unpickler
+from pickle import Unpickler, loads
 from typing import Any
 
 import lmdb
 
 from ._gate import Gate, Pin
 
-_CHUNK_KEYS = 128
+LARGE = 128 * 2**10
+"""Bytes from which a value is unpickled out of the map piece by piece.
+
+Below, copying it first is faster (measured: 64 KiB 3.1 against 3.8 µs, 256 KiB
+10.6 against 7.5, 1 MiB 92 against 43).
+"""
+_CHUNK_BYTES = 2**20
+_CHUNK_KEYS = 512
 
 
 def is_blob(view: memoryview) -> bool:
@@ -20,10 +26,23 @@ def is_blob(view: memoryview) -> bool:
     That is PROTO 5, BINBYTES and a length of 4 bytes, the bytes, MEMOIZE, STOP.
     """
     return (
-        view[:3].tobytes() == b"\x80\x05B"
+        len(view) >= LARGE
+        and view[:3].tobytes() == b"\x80\x05B"
         and int.from_bytes(view[3:7], "little") == len(view) - 9
         and view[-2:].tobytes() == b"\x94."
     )
+
+
+def keep(
+    gate: Gate, txn: lmdb.Transaction[memoryview], view: memoryview
+) -> bytes | LargeValue:
+    """Make of a view of the map what `load` takes outside the gate."""
+    return view.tobytes() if len(view) < LARGE else LargeValue(gate, txn, view)
+
+
+def load(raw: bytes | LargeValue) -> Any:
+    """Unpickle what `keep` has made."""
+    return loads(raw) if isinstance(raw, bytes) else raw.load()
 
 
 class LargeValue(Pin):
@@ -54,13 +73,13 @@ class LargeValue(Pin):
             self.release()  # an exception's traceback could keep it open
 
     def read(self, size: int) -> bytes:
-        return self._gate.shared(self._read, size)
+        return self._gate.in_gate(self._read, size)
 
     def readinto(self, buffer: memoryview) -> int:
-        return self._gate.shared(self._readinto, buffer)
+        return self._gate.in_gate(self._readinto, buffer)
 
     def readline(self) -> bytes:
-        return self._gate.shared(self._readline)
+        return self._gate.in_gate(self._readline)
 
     def _read(self, size: int) -> bytes:
         start = self._position
@@ -98,33 +117,65 @@ class LargeValue(Pin):
 class ManyValues(Pin):
     """The stored values of many keys, as they were at one moment, in chunks."""
 
-    __slots__ = ("_keys", "_rest", "_txn")
+    __slots__ = ("_chunk_keys", "_gate", "_keys", "_next", "_rest", "_txn", "_views")
 
     def __init__(
-        self, gate: Gate, txn: lmdb.Transaction[bytes], keys: Iterable[bytes]
+        self,
+        gate: Gate,
+        txn: lmdb.Transaction[Any],
+        keys: Iterable[bytes],
+        views: bool,
     ) -> None:
-        self._txn: lmdb.Transaction[bytes] | None = txn
-        self._keys = iter(keys)
-        self._rest: list[tuple[list[bytes], list[bytes | None]]] = []
+        self._gate = gate
+        self._txn: lmdb.Transaction[Any] | None = txn
+        self._views = views  # whether the transaction gives views of the map
+        self._keys = list(keys)
+        self._next = 0  # where in the keys to go on
+        self._chunk_keys = 16
+        self._rest: list[tuple[list[bytes], list[Any]]] = []  # chunks when detached
         gate.pin(self)
 
-    def next_chunk(self) -> tuple[list[bytes], list[bytes | None]]:
-        """Return some more keys and their values (None: absent); no keys at the end.
+    def next_chunk(self) -> tuple[list[bytes], list[Any]]:
+        """Return more keys and what is stored under them; no keys at the end.
 
-        Call it in the gate.
+        That is None, or for `load`. Call it in the gate.
         """
-        if self._txn is None:
+        txn = self._txn
+        if txn is None:
             return self._rest.pop() if self._rest else ([], [])
-        keys = list(islice(self._keys, _CHUNK_KEYS))
-        return keys, list(map(self._txn.get, keys))
+        keys, values = self._read(txn, self._next)
+        self._next += len(keys)
+        return keys, values
+
+    def _read(
+        self, txn: lmdb.Transaction[Any], start: int
+    ) -> tuple[list[bytes], list[Any]]:
+        keys = self._keys[start : start + self._chunk_keys]
+        values: list[Any] = list(map(txn.get, keys))
+        size = sum(map(len, filter(None, values)))
+        if size > _CHUNK_BYTES:
+            self._chunk_keys = max(1, self._chunk_keys // 4)
+        else:
+            self._chunk_keys = min(_CHUNK_KEYS, self._chunk_keys * 4)
+        if self._views:
+            values = [view and keep(self._gate, txn, view) for view in values]
+        return keys, values
 
     def detach(self) -> None:
-        if self._txn is None:
+        txn = self._txn
+        if txn is None:
             return
         rest = []
-        while (chunk := self.next_chunk())[0]:
+        position = self._next
+        while (chunk := self._read(txn, position))[0]:
+            for value in chunk[1]:
+                if isinstance(value, LargeValue):
+                    value.detach()
             rest.append(chunk)
-        self._rest = rest[::-1]
+            position += len(chunk[0])
+        rest.reverse()
+        # Only now, so that an interrupt before loses nothing.
+        self._rest = rest
         self._txn = None
 
     def release(self) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import lmdb
 
-from ._environment import ABSENT, SharedEnvironment
+from ._environment import ABSENT, MAX_VALUE, SharedEnvironment, log
 from ._keys import KeyCodec, describe
+from ._process import register
 from .exceptions import GrowthError, LostWritesError, SizeError
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class LmdbObjectStore(Generic[_K, _V]):
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
-        ``max_spare_txns`` other than 0 is refused, as it breaks fork, and so is
-        ``writemap=True`` with the LMDB 1.0 engine, which aborts the process.
+        Refused are ``max_spare_txns`` other than 0, which breaks fork,
+        ``lock=False`` without ``readonly``, and ``writemap=True`` with the LMDB
+        1.0 engine, which aborts the process.
 
     Raises
     ------
@@ -114,6 +116,11 @@ class LmdbObjectStore(Generic[_K, _V]):
             _check_int("max_map_size", max_map_size, map_size or 1)
             lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
         _check_timeout(growth_timeout)
+        if not lmdb_kwargs.get("lock", True) and not lmdb_kwargs.get("readonly"):
+            raise ValueError(
+                "lock=False needs readonly=True: without its locks LMDB writes over "
+                "what is being read."
+            )
         if lmdb_kwargs.get("max_spare_txns"):
             raise ValueError(
                 "max_spare_txns must be 0: cached transactions don't survive a fork."
@@ -126,6 +133,7 @@ class LmdbObjectStore(Generic[_K, _V]):
         # still be in use.
         finalizer = weakref.finalize(self, self._env.abandon)
         finalizer.atexit = False
+        register(self._env)
 
     # Reads
 
@@ -239,6 +247,10 @@ class LmdbObjectStore(Generic[_K, _V]):
                 f"{type(keys).__name__}; use get(), or put the key in a list."
             )
         codec = self._codec
+        if decode_not_found is None:
+            decode_not_found = decode_keys
+        if (decode_keys or decode_not_found) and codec.encoding is None:
+            raise ValueError("Decoding requested but key_encoding is not set.")
         given = list(keys)
         longest = self._max_key
         encode = codec.encode
@@ -246,26 +258,21 @@ class LmdbObjectStore(Generic[_K, _V]):
             key if type(key) is bytes and 0 < len(key) <= longest else encode(key)
             for key in given
         ]
-        if decode_not_found is None:
-            decode_not_found = decode_keys
-        # Decoded first, so that what can't be decoded is refused unread.
-        texts = (
-            {key: codec.decode(key) for key in encoded}
-            if decode_keys or decode_not_found
-            else {}
-        )
         env = self._env
         if env.buffer and self.autoflush_on_read:
             env.flush_for_read()
         wanted = dict.fromkeys(encoded)
         found: dict[Any, Any] = env.read_many(wanted)
-        not_found = []
+        not_found: list[Any] = []
         if len(found) < len(wanted):
-            names = map(texts.__getitem__, encoded) if decode_not_found else given
-            pairs = zip(names, encoded, strict=True)
-            not_found = [name for name, key in pairs if key not in found]
+            pairs = zip(given, encoded, strict=True)
+            not_found = [
+                codec.decode(key) if decode_not_found else name
+                for name, key in pairs
+                if key not in found
+            ]
         if decode_keys:
-            found = {texts[key]: value for key, value in found.items()}
+            found = {codec.decode(key): value for key, value in found.items()}
         return found, not_found
 
     def exists(self, key: _K, *, flush: bool | None = None) -> bool:
@@ -338,13 +345,15 @@ class LmdbObjectStore(Generic[_K, _V]):
         size = len(raw)
         if size > env.max_value:
             self._refuse_value(encoded, size)
+        size += len(encoded)
+        count = len(env.buffer)
         with env.buffer_lock:
-            count = len(env.buffer)
-            size += env.buffer_bytes + len(encoded)
-            # No call from here on: a signal handler could close the store.
-            if count < self._room and size < self._batch_bytes and env.plain:
+            # No call in here: a signal handler that comes now could flush, and
+            # wait for a thread that waits for this lock; or close the store.
+            total = env.buffer_bytes + size
+            if count < self._room and total < self._batch_bytes and env.may_buffer:
                 env.buffer[encoded] = raw
-                env.buffer_bytes = size
+                env.buffer_bytes = total
                 return
         env.write(encoded, raw, self._batch_size, self._batch_bytes)
 
@@ -452,8 +461,13 @@ class LmdbObjectStore(Generic[_K, _V]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close; raise on lost writes unless the block itself raises."""
-        self.close(strict=exc_type is None)
+        """Close; raise what that fails with unless the block itself raises."""
+        try:
+            self.close(strict=exc_type is None)
+        except Exception:
+            if exc_type is None:
+                raise
+            log.error("Could not close %s", self._db_path, exc_info=True)
 
     # Attributes
 
@@ -543,7 +557,7 @@ class LmdbObjectStore(Generic[_K, _V]):
 
     def _refuse_value(self, key: bytes, size: int) -> None:
         cap = self._env.max_map_size
-        if cap is not None:
+        if cap is not None and size <= MAX_VALUE:
             raise GrowthError(
                 f"The value of {describe(key)} takes {size} bytes and can never fit "
                 f"below max_map_size ({cap} bytes)."
