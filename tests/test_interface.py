@@ -165,7 +165,7 @@ LARGE_VALUES = {
     "big int": 3**900_000,
     "strings": [str(n) for n in range(30_000)],
     "dict": {f"key {n}": n * 1.5 for n in range(20_000)},
-    "objects": [User(f"user {n}", ["a", "b"]) for n in range(8_000)],
+    "objects": [User(f"user {n}", ["a", "b"]) for n in range(5_000)],
     "references": [SHARED, SHARED, bytes(LARGE), SHARED],
     "nested": [[bytes(100_000), [bytearray(100_000), ["x" * 100_000]]]],
 }
@@ -192,9 +192,9 @@ def test_references_inside_a_large_value_stay_references(store):
         assert first is second is third
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("kind", LARGE_VALUES)
-def test_large_values_of_any_pickle_protocol_are_read(store, kind, protocol):
+def test_large_values_of_older_pickle_protocols_are_read(store, kind, protocol):
     value = LARGE_VALUES[kind]
     if kind == "big int" and protocol < 2:
         pytest.skip("written in decimal, and Python limits how many digits it reads")
@@ -821,6 +821,14 @@ def test_unpickling_error_names_the_key_and_the_source(store, read, size):
         assert isinstance(info.value.__cause__, ValueError)
         store.flush()
     assert store["fine"] == 1
+
+
+@pytest.mark.parametrize("position", [0, 1, 50, 998, 999])
+def test_get_many_names_the_one_key_that_can_not_be_unpickled(store, position):
+    keys = [f"{n:03}" for n in range(1000)]
+    store.put_many({**dict.fromkeys(keys, 1), keys[position]: BadState()})
+    with pytest.raises(UnpickleError, match=f"DB key '{keys[position]}': this state"):
+        store.get_many(keys)
 
 
 GOOD = pickle.dumps([bytes(100_000), "é" * 100_000, 1], 5)

@@ -522,7 +522,10 @@ class SharedEnvironment(Gate):
             txn.abort()
 
     def _needed(self, batch: Batch) -> int:
-        """Estimate the map size that `batch` needs, rather above than below."""
+        """Estimate the map size that `batch` needs, rather above than below.
+
+        Below would mean to grow twice, and near the cap to use up the reserve.
+        """
         page = self._page_size
         stat = self.env.stat()
         # Every page on the way to a key is written anew ...
@@ -536,9 +539,10 @@ class SharedEnvironment(Gate):
             if node > page // 2:
                 pages += node // page + 1
                 node = len(key) + 24
-            # ... and leaves are half full, at worst, or a third, where they hold
-            # few entries; there are branches above them, too.
-            size += page if node > page // 4 else 3 * node
+            # ... leaves are half full, at worst, or less where they hold two or
+            # three entries, and so are the branches above them.
+            size += page if node > page // 4 else 2 * node
+            size += 4 * (len(key) + 16)
         return (pages + pages // 512) * page + size
 
     def _recycle(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:

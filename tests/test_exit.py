@@ -1,0 +1,589 @@
+"""What is pending when an interpreter, a thread or a child process ends."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from lmdb_object_store import LmdbObjectStore
+
+TIMEOUT = 60
+METHODS = ["spawn"] if os.name == "nt" else ["fork", "spawn", "forkserver"]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script in `tmp_path`, by an interpreter of its own."""
+
+    def run(script, *arguments, options=("-W", "default"), returncode=0):
+        # A file, not -c: children of multiprocessing import it.
+        (tmp_path / "script.py").write_text(script, "utf-8")
+        result = subprocess.run(
+            [sys.executable, *options, "script.py", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert result.returncode == returncode, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Return all that is on disk in one of the stores in `tmp_path`."""
+
+    def stored(name="db"):
+        store = LmdbObjectStore(tmp_path / name, readonly=True)
+        with store, store.env.begin() as txn:
+            return {key.decode(): pickle.loads(raw) for key, raw in txn.cursor()}
+
+    return stored
+
+
+OPEN = """
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", key_encoding="utf-8")
+"""
+
+
+# The interpreter's exit
+
+
+@pytest.mark.parametrize(
+    ("end", "returncode"),
+    [
+        ("", 0),
+        ("import sys; sys.exit(3)", 3),
+        ("raise SystemExit", 0),
+        ("raise ZeroDivisionError", 1),
+        ("def f(store): 1 / 0\nf(store)", 1),
+        ("cycle = [store]; cycle.append(cycle); del store", 0),
+        ("import gc; gc.disable(); cycle = [store]; cycle.append(cycle); del store", 0),
+        ("keep = store.put; del store", 0),
+    ],
+)
+def test_exit_flushes_and_warns(run, stored, end, returncode):
+    script = OPEN + "store.put_many({'a': 0, 'b': 1})\nstore['c'] = 2\n"
+    script += "store.delete('a')\n" + end
+    result = run(script, returncode=returncode)
+    assert result.stderr.count("ResourceWarning: ") == 1
+    assert "db' was not closed" in result.stderr
+    assert stored() == {"b": 1, "c": 2}
+
+
+def test_exit_after_close_is_silent(run, stored):
+    script = OPEN + "with store: store['key'] = 1"
+    assert "Warning" not in run(script).stderr
+    assert stored() == {"key": 1}
+
+
+def test_os_exit_loses_only_what_was_not_flushed(run, stored):
+    run(OPEN + "import os\nstore['a'] = 1; store.flush(); store['b'] = 2; os._exit(0)")
+    assert stored() == {"a": 1}
+
+
+def test_every_store_is_flushed_though_warnings_are_errors(run, stored):
+    script = """
+from lmdb_object_store import LmdbObjectStore
+stores = [LmdbObjectStore(str(n)) for n in range(3)]
+for store in stores:
+    store[b"key"] = 1
+"""
+    result = run(script, options=("-W", "error"))
+    assert result.stderr.count("was not closed") >= 1
+    assert [stored(name) for name in "012"] == [{"key": 1}] * 3
+
+
+def test_every_store_is_flushed_though_one_cannot_be(run, stored):
+    script = """
+from lmdb_object_store import LmdbObjectStore
+for name, cap in ("0", None), ("1", 2**20), ("2", None):
+    globals()["store" + name] = store = LmdbObjectStore(name, max_map_size=cap)
+    for n in range(64):
+        store[b"%02d" % n] = bytes(2**15)  # 2 MiB in all
+"""
+    result = run(script)
+    assert "64 pending writes are lost" in result.stderr
+    assert [len(stored(name)) for name in "012"] == [64, 0, 64]
+
+
+def test_exit_flush_grows_the_map(run, stored):
+    script = """
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", map_size=2**16)
+store[b"large"] = bytes(2**22)
+"""
+    run(script)
+    assert stored() == {"large": bytes(2**22)}
+
+
+def test_exit_with_a_read_only_store(run, stored):
+    script = OPEN + "store['key'] = 1; store.close()\n"
+    script += "store = LmdbObjectStore('db', readonly=True)"
+    result = run(script)
+    assert "was not closed" in result.stderr
+    assert "lost" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        ("store['b'] = 1", {"a": 0, "b": 1}),
+        ("store.delete('a')", {}),
+        ("del store['a']", {}),
+        ("store.put_many({'b': 1})", {"a": 0, "b": 1}),
+    ],
+)
+def test_write_after_the_exit_flush_reaches_the_disk(run, stored, write, expected):
+    # The function is registered before the library's own, and so is called after.
+    script = f"import atexit\n@atexit.register\ndef last():\n    {write}\n"
+    assert "Error" not in run(script + OPEN + "store['a'] = 0").stderr
+    assert stored() == expected
+
+
+def test_store_opened_after_the_exit_flush_writes_through(run, stored):
+    script = "import atexit\n@atexit.register\ndef last():\n    global late\n"
+    script += "    late = LmdbObjectStore('late'); late[b'key'] = 1\n" + OPEN
+    assert "Error" not in run(script).stderr
+    assert stored("late") == {"key": 1}
+
+
+def test_store_closed_after_the_exit_flush(run, stored):
+    script = "import atexit\natexit.register(lambda: store.close(strict=True))\n"
+    assert "Error" not in run(script + OPEN + "store['key'] = 1").stderr
+    assert stored() == {"key": 1}
+
+
+# Threads
+
+
+@pytest.mark.parametrize(
+    "keep", ["store", "local.store"], ids=["local variable", "threading.local"]
+)
+def test_store_of_a_thread_is_flushed_when_the_thread_ends(run, stored, keep):
+    script = f"""
+import os, threading
+from lmdb_object_store import LmdbObjectStore
+local = threading.local()
+
+def work():
+    {keep} = LmdbObjectStore("db")
+    {keep}[b"key"] = 1
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+LmdbObjectStore("db").close()  # closed, too
+os._exit(0)
+"""
+    assert "was not closed" in run(script).stderr
+    assert stored() == {"key": 1}
+
+
+def test_thread_that_outlives_the_main_thread(run, stored):
+    script = """
+import threading
+def work():
+    threading.main_thread().join()
+    store["key"] = 1
+"""
+    run(script + OPEN + "threading.Thread(target=work).start()")
+    assert stored() == {"key": 1}
+
+
+def test_daemon_threads_that_put_during_exit(run, stored):
+    # All of them note each put that has returned: each of those is on disk.
+    script = """
+import os, sys, threading
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", batch_size=50, key_encoding="utf-8")
+started = threading.Barrier(5)
+
+def work(name):
+    n = 0
+    while True:
+        store[f"{name} {n}"] = n
+        os.write(1, f"{name} {n}\\n".encode())
+        n += 1
+        if n == 100:
+            started.wait()
+
+for name in "abcd":
+    threading.Thread(target=work, args=name, daemon=True).start()
+started.wait()
+"""
+    result = run(script)
+    assert "lost" not in result.stderr
+    on_disk = stored().keys()
+    noted = result.stdout.splitlines()
+    assert len(noted) >= 400
+    assert [line for line in noted if line not in on_disk] == []
+    # At most the put that each thread was in is there without a note.
+    more = Counter(key[0] for key in on_disk - set(noted))
+    assert all(count == 1 for count in more.values())
+
+
+def test_daemon_threads_that_read_during_exit(run, stored):
+    script = """
+import threading
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", key_encoding="utf-8")
+store.put_many({"small": 1, "large": bytes(2**20)})
+rounds = threading.Semaphore(0)
+
+def work():
+    while True:
+        assert store["small"] == 1
+        assert store["large"] == bytes(2**20)
+        assert len(store.get_many(["small", "large"])[0]) == 2
+        rounds.release()
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+store["pending"] = 2
+for _ in range(8):
+    rounds.acquire()
+"""
+    assert "Error" not in run(script).stderr
+    assert stored().keys() == {"small", "large", "pending"}
+
+
+def test_exit_does_not_wait_for_ever_for_a_blocked_commit(run, stored):
+    # Another process is LMDB's writer; a daemon thread waits for it in a commit.
+    script = """
+import subprocess, sys, threading
+from lmdb_object_store import LmdbObjectStore, _environment
+_environment._EXIT_PATIENCE /= 25  # spares this test some seconds
+store = LmdbObjectStore("db", batch_size=2)
+store.put_many({b"flushed": 0})
+other = '''
+import lmdb, sys
+with lmdb.open("db").begin(write=True):
+    print(flush=True)
+    sys.stdin.read()  # until the first process has ended
+'''
+writer = subprocess.Popen(
+    [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+)
+writer.stdout.readline()
+
+def work(name):
+    for n in range(10):
+        store[b"%d %d" % (name, n)] = n
+
+for name in range(2):
+    threading.Thread(target=work, args=(name,), daemon=True).start()
+while len(store.write_buffer) < store.batch_size:
+    pass  # only while a thread is flushing does the buffer become this full
+"""
+    result = run(script)
+    assert "pending writes are lost: Another thread is still writing" in result.stderr
+    assert stored() == {"flushed": 0}
+
+
+# Children of multiprocessing
+
+CHILD = """
+import multiprocessing, sys
+from lmdb_object_store import LmdbObjectStore
+
+def work():
+    global store  # else it would be flushed at the end of this function
+    store = LmdbObjectStore("db")
+    store[b"key"] = 1
+    exec(sys.argv[2], globals())
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    process.start()
+    process.join()
+    print(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("end", "exitcode"), [("", 0), ("1 / 0", 1), ("sys.exit(3)", 3)]
+)
+def test_child_that_does_not_close(run, stored, method, end, exitcode):
+    result = run(CHILD, method, end)
+    assert result.stdout == f"{exitcode}\n"
+    assert "db' was not closed" in result.stderr
+    assert stored() == {"key": 1}
+
+
+@needs_fork
+def test_forked_child_that_imports_the_library_itself(run, stored):
+    imports = "from lmdb_object_store import LmdbObjectStore\n"
+    script = CHILD.replace(imports, "")
+    script = script.replace("    global", f"    {imports}    global")
+    assert "db' was not closed" in run(script, "fork", "").stderr
+    assert stored() == {"key": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_thread_that_outlives_the_main_thread_of_a_child(run, stored, method):
+    end = """
+import threading
+def put():
+    threading.main_thread().join()
+    store[b"late"] = 2
+threading.Thread(target=put).start()
+"""
+    run(CHILD, method, end)
+    assert stored() == {"key": 1, "late": 2}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fork"])
+def test_store_opened_by_import_in_a_child(run, stored, method):
+    # Such a child imports the main module before it is told what it is.
+    script = """
+import multiprocessing, sys
+from lmdb_object_store import LmdbObjectStore
+
+if __name__ != "__main__":
+    store = LmdbObjectStore("db")
+
+def work():
+    store[b"key"] = 1
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    process.start()
+    process.join()
+"""
+    assert "db' was not closed" in run(script, method).stderr
+    assert stored() == {"key": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_child_does_not_keep_closed_stores(run, method):
+    script = """
+import gc, multiprocessing, sys
+from lmdb_object_store import LmdbObjectStore
+
+def alive():
+    gc.collect()
+    modules = [type(thing).__module__ for thing in gc.get_objects()]
+    return sum(name.startswith("lmdb_object_store") for name in modules)
+
+def work():
+    counts = []
+    for _ in range(4):
+        LmdbObjectStore("db").close()
+        counts.append(alive())
+    assert counts == counts[:1] * 4, counts
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+    run(script, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_of_a_process_pool_executor(run, stored, method):
+    script = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+from lmdb_object_store import LmdbObjectStore
+
+def open_store():
+    global store
+    store = LmdbObjectStore("db", key_encoding="utf-8")
+
+def work(n):
+    store[f"{n}"] = n
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    with ProcessPoolExecutor(2, context, open_store) as pool:
+        list(pool.map(work, range(20)))
+"""
+    run(script, method)
+    assert stored() == {f"{n}": n for n in range(20)}
+
+
+# os.fork()
+
+FORK = """
+import gc, os, signal, sys, threading
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", key_encoding="utf-8")
+store.put_many({"flushed": 0})
+store["pending"] = 1
+
+def wait_for(child):
+    "Fork, run `child` there, and return the child's exit code."
+    pid = os.fork()
+    if pid == 0:
+        child()
+        sys.exit()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def check_parent():
+    "Nothing but the parent's own writes is there, and it can go on."
+    assert store.env.stat()["entries"] == 1
+    assert dict(store.write_buffer).keys() == {b"pending"}
+    assert store.get_many(["flushed", "pending"])[0] == {b"flushed": 0, b"pending": 1}
+    store.put_many({str(n): n for n in range(1000)})
+    assert store["999"] == 999
+    store.close(strict=True)
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("child", "code"),
+    [
+        ("pass", 0),
+        ("del globals()['store']; gc.collect()", 0),
+        ("store.close(strict=True)", 0),
+        ("raise ZeroDivisionError", 1),
+        ("os._exit(0)", 0),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+    ],
+)
+def test_forked_child_leaves_the_pending_writes_to_the_parent(run, stored, child, code):
+    script = f"""{FORK}
+def child():
+    {child}
+
+assert wait_for(child) == {code}
+check_parent()
+"""
+    # sys.exit() and the exception end the child here as a script ends.
+    result = run(script)
+    assert "lost" not in result.stderr
+    assert "not closed" not in result.stderr
+    assert len(stored()) == 1002
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "use",
+    [
+        "store['flushed']",
+        "store['pending']",
+        "store.get('pending')",
+        "'pending' in store",
+        "store.exists('pending')",
+        "store.get_many(['pending'])",
+        "store.put('child', 1)",
+        "store.put_many({'child': 1})",
+        "store.delete('flushed')",
+        "store.__delitem__('pending')",
+        "store.flush()",
+    ],
+)
+def test_inherited_store_says_what_to_do(run, stored, use):
+    script = f"""{FORK}
+def child():
+    try:
+        print({use})
+    except Exception as error:
+        print(type(error).__name__, error, sep=": ")
+
+wait_for(child)
+check_parent()
+"""
+    [message] = run(script).stdout.splitlines()
+    assert message.startswith("ClosedError: ")
+    assert "closed" in message
+    assert "Open a store of your own" in message
+    assert len(stored()) == 1002
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ["db", "other"])
+@pytest.mark.parametrize("end", ["own.close()", "pass"])
+def test_forked_child_opens_a_store_of_its_own(run, stored, name, end):
+    script = f"""{FORK}
+def child():
+    global own
+    own = LmdbObjectStore({name!r}, key_encoding="utf-8")
+    assert own.get("pending") is None
+    own["child"] = 2
+    {end}
+
+assert wait_for(child) == 0
+store.close(strict=True)
+"""
+    result = run(script)
+    assert result.stderr.count("was not closed") == (end == "pass")
+    expected = {"db": {"flushed": 0, "pending": 1}, "other": {}}
+    expected[name]["child"] = 2
+    assert stored() == expected["db"]
+    assert name == "db" or stored("other") == expected["other"]
+
+
+@needs_fork
+def test_fork_in_the_middle_of_reading_a_large_value(run, stored):
+    # If the child freed the reader slot that it inherits, the parent's writes
+    # would overwrite what the parent still has to read.
+    script = f"""{FORK.replace('"db"', '"db", map_size=2**28')}
+class Forks:
+    def __init__(self):
+        self.count = 0
+
+    def __setstate__(self, state):
+        assert wait_for(gc.collect) == 0
+        store.delete("large")
+        for _ in range(8):
+            store.put_many({{"filler": bytes(2**21)}})
+
+parts = [bytes([n]) * 2**17 for n in range(16)]
+store.put_many({{"large": [Forks(), parts], "filler": bytes(2**18)}})
+assert store["filler"] == bytes(2**18)
+assert store["large"][1] == parts
+store.close(strict=True)
+"""
+    run(script)
+    assert stored() == {"flushed": 0, "pending": 1, "filler": bytes(2**21)}
+
+
+@needs_fork
+def test_fork_while_another_thread_is_flushing(run, stored):
+    script = f"""{FORK}
+def write():
+    n = 0
+    while not done:
+        store[f"thread {{n}}"] = n
+        store.flush()
+        n += 1
+    print(n)
+
+def child():
+    for use in store.flush, lambda: store["flushed"], lambda: store.put("child", 1):
+        try:
+            use()
+        except Exception as error:
+            assert "Open a store of your own" in str(error)
+        else:
+            raise AssertionError
+    store.close()
+
+done = False
+thread = threading.Thread(target=write)
+thread.start()
+try:
+    for _ in range(10):
+        assert wait_for(child) == 0
+finally:
+    done = True
+thread.join()
+store.close(strict=True)
+"""
+    written = int(run(script).stdout)
+    keys = {"flushed", "pending", *(f"thread {n}" for n in range(written))}
+    assert stored().keys() == keys

@@ -1,0 +1,194 @@
+"""What a type checker infers for users of the store. Checked, never run."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+from typing_extensions import assert_type
+
+from lmdb_object_store import LmdbObjectStore
+
+
+@dataclass
+class User:
+    name: str
+
+
+def without_annotations() -> None:
+    store = LmdbObjectStore("p")
+    assert_type(store, LmdbObjectStore[bytes | bytearray | memoryview | str, Any])
+    store[b"a"] = 1
+    store["b"] = User("Ann")
+    store.put(bytearray(b"c"), None)
+    store.put_many({"d": 1, "e": "two"})
+    store.put_many([(b"f", 1), (memoryview(b"g"), [2])])
+    ages = {"ann": 40}
+    store.put_many(ages)
+    assert_type(store[b"a"], Any)
+    assert_type(store.get("b"), Any | None)
+    found, not_found = store.get_many([b"a", "b"])
+    assert_type(found, dict[bytes, Any])
+    assert_type(not_found, list[bytes | bytearray | memoryview | str])
+    del store[b"a"]
+    store[5] = 1  # type: ignore[arg-type]
+    store.get(None)  # type: ignore[call-overload]
+
+
+def options(path: Path) -> None:
+    LmdbObjectStore(path, 100)
+    LmdbObjectStore(
+        path,
+        autoflush_on_read=False,
+        key_encoding="utf-8",
+        key_errors="surrogateescape",
+        str_normalize="NFC",
+        batch_bytes=2**20,
+        max_map_size=None,
+        growth_timeout=1,
+        map_size=2**30,
+        subdir=False,
+        lib_version=1,
+    )
+    LmdbObjectStore(5)  # type: ignore[arg-type]
+    LmdbObjectStore(path, "1000")  # type: ignore[arg-type]
+    LmdbObjectStore(path, key_encoding=8)  # type: ignore[arg-type]
+    LmdbObjectStore(path, max_map_size="1G")  # type: ignore[arg-type]
+
+
+def annotated() -> None:
+    store: LmdbObjectStore[str, User] = LmdbObjectStore("p", key_encoding="utf-8")
+    assert_type(store["ann"], User)
+    values_only: LmdbObjectStore[bytes] = LmdbObjectStore("p")
+    assert_type(values_only[b"k"], Any)
+
+
+def point_access(user: User) -> None:
+    store = LmdbObjectStore[str, User]("p", key_encoding="utf-8")
+    store["ann"] = user
+    store.put("ann", user)
+    assert_type(store["ann"], User)
+    assert_type(store.get("ann"), User | None)
+    assert_type(store.get("ann", None), User | None)
+    assert_type(store.get("ann", user), User)
+    assert_type(store.get("ann", default=0), User | int)
+    assert_type("ann" in store, bool)
+    assert_type(store.exists("ann"), bool)
+    assert_type(store.exists("ann", flush=True), bool)
+    store.delete("ann")
+    del store["ann"]
+
+    store[b"ann"] = user  # type: ignore[arg-type]
+    store["ann"] = "Ann"  # type: ignore[arg-type]
+    store[b"ann"]  # type: ignore[index]
+    del store[b"ann"]  # type: ignore[arg-type]
+    store.put(b"ann", user)  # type: ignore[arg-type]
+    store.put("ann", "Ann")  # type: ignore[arg-type]
+    store.get(b"ann")  # type: ignore[call-overload]
+    store.exists(b"ann")  # type: ignore[arg-type]
+    store.delete(b"ann")  # type: ignore[arg-type]
+    _ = store.get("ann").name  # type: ignore[union-attr]
+
+
+def many(user: User) -> None:
+    store = LmdbObjectStore[str, User]("p", key_encoding="utf-8")
+
+    def items() -> Iterator[tuple[str, User]]:
+        yield "ann", user
+
+    def keys() -> Iterator[str]:
+        yield "ann"
+
+    store.put_many({"ann": user})
+    store.put_many({"ann": user}.items())
+    store.put_many([("ann", user)])
+    store.put_many(items())
+    ages = {"ann": 40}
+    triples = [("ann", user, 40)]
+    store.put_many(ages)  # type: ignore[arg-type]
+    store.put_many(ages.items())  # type: ignore[arg-type]
+    store.put_many(triples)  # type: ignore[arg-type]
+    store.put_many(keys())  # type: ignore[arg-type]
+
+    bytes_and_keys = tuple[dict[bytes, User], list[str]]
+    assert_type(store.get_many(["ann"]), bytes_and_keys)
+    assert_type(store.get_many(keys()), bytes_and_keys)
+    store.get_many([b"ann"])  # type: ignore[list-item]
+    store.get_many(5)  # type: ignore[call-overload]
+
+
+def decoding() -> None:
+    store = LmdbObjectStore[bytes, User]("p", key_encoding="utf-8")
+    keys = [b"ann"]
+    assert_type(store.get_many(keys), tuple[dict[bytes, User], list[bytes]])
+    assert_type(
+        store.get_many(keys, decode_keys=True), tuple[dict[str, User], list[str]]
+    )
+    assert_type(
+        store.get_many(keys, decode_not_found=True),
+        tuple[dict[bytes, User], list[str]],
+    )
+    assert_type(
+        store.get_many(keys, decode_keys=True, decode_not_found=False),
+        tuple[dict[str, User], list[bytes]],
+    )
+    assert_type(
+        store.get_many(keys, decode_keys=False, decode_not_found=False),
+        tuple[dict[bytes, User], list[bytes]],
+    )
+    assert_type(
+        store.get_many(keys, decode_keys=True, decode_not_found=True),
+        tuple[dict[str, User], list[str]],
+    )
+    store.get_many(keys, True)  # type: ignore[call-overload]
+
+
+def life_cycle() -> None:
+    with LmdbObjectStore[str, User]("p") as store:
+        assert_type(store, LmdbObjectStore[str, User])
+        store.flush()
+    store.close()
+    store.close(strict=True)
+
+
+def attributes(store: LmdbObjectStore[str, User]) -> None:
+    assert_type(store.db_path, str)
+    assert_type(store.key_encoding, str | None)
+    assert_type(store.key_errors, str)
+    assert_type(store.str_normalize, str | None)
+    assert_type(store.env, lmdb.Environment)
+    assert_type(store.write_buffer, Mapping[bytes, bytes | None])
+    assert_type(store.closed, bool)
+    assert_type(store.batch_size, int)
+    assert_type(store.batch_bytes, int)
+    assert_type(store.autoflush_on_read, bool)
+    assert_type(store.max_map_size, int | None)
+    assert_type(store.growth_timeout, float)
+    store.batch_size = 1
+    store.batch_bytes = 1
+    store.autoflush_on_read = False
+    store.max_map_size = None
+    store.growth_timeout = 1
+    store.db_path = "q"  # type: ignore[misc]
+    store.key_encoding = None  # type: ignore[misc]
+    store.closed = True  # type: ignore[misc]
+    store.write_buffer[b"k"] = None  # type: ignore[index]
+    store.batch_size = "1"  # type: ignore[assignment]
+    store.max_map_size = 1.5  # type: ignore[assignment]
+
+
+class UserStore(LmdbObjectStore[str, User]):
+    """A subclass that settles the types."""
+
+    def rename(self, key: str, name: str) -> None:
+        user = self[key]
+        assert_type(user, User)
+        user.name = name
+        self[key] = user
+
+
+def subclass() -> None:
+    with UserStore("p", key_encoding="utf-8") as store:
+        assert_type(store, UserStore)
+        assert_type(store.get("ann"), User | None)
