@@ -253,14 +253,26 @@ def test_error_handler_decodes_too(open_store, errors, text):
     assert store.get_many([b"a\xffb"], decode_keys=True) == ({text: 1}, [])
 
 
-@pytest.mark.parametrize("option", ["decode_keys", "decode_not_found"])
-def test_key_that_does_not_decode_is_refused_unread(open_store, option):
+def test_key_that_does_not_decode_is_refused_where_it_has_to_be_decoded(open_store):
     store = open_store(key_encoding="utf-8")
     store[b"\xff"] = 1
     with pytest.raises(UnicodeDecodeError):
-        store.get_many([b"\xff"], **{option: True})
-    assert store.write_buffer
-    assert store.get_many([b"\xff"]) == ({b"\xff": 1}, [])
+        store.get_many([b"\xff"], decode_keys=True)
+    with pytest.raises(UnicodeDecodeError):
+        store.get_many([b"\xfe"], decode_not_found=True)
+    assert store.get_many([b"\xff"], decode_not_found=True) == ({b"\xff": 1}, [])
+    assert store.get_many([b"\xfe"], decode_keys=True, decode_not_found=False) == (
+        {},
+        [b"\xfe"],
+    )
+
+
+def test_handler_that_only_encodes_says_so_when_it_has_to_decode(open_store):
+    store = open_store(key_encoding="ascii", key_errors="xmlcharrefreplace")
+    store["\u20ac"] = 1
+    assert store.get_many(["\u20ac"], decode_keys=True) == ({"&#8364;": 1}, [])
+    with pytest.raises(ValueError, match="0xff can't be decoded"):
+        store.get_many([b"\xff"], decode_not_found=True)
 
 
 # Normal forms

@@ -36,7 +36,7 @@ import lmdb
 from ._gate import Gate
 from ._keys import describe
 from ._process import let_go, unregister
-from ._reading import LARGE, ManyValues, is_blob, keep, load
+from ._reading import LARGE, LargeValue, ManyValues, is_blob, load
 from .exceptions import (
     BusyError,
     ClosedError,
@@ -192,14 +192,18 @@ class SharedEnvironment(Gate):
                     raw = begin().get(key)
                 if raw is None:
                     return default
-                if len(raw) >= LARGE:
+                large = len(raw) >= LARGE
+                if large:
                     self._large_seen = True
                 if probe:
                     return True
                 if views:
-                    if is_blob(raw):
+                    if not large:
+                        raw = raw.tobytes()
+                    elif is_blob(raw):
                         return loads(raw)  # runs no user code
-                    raw = keep(self, txn, raw)
+                    else:
+                        raw = LargeValue(self, txn, raw)
                 txn = None
             except lmdb.Error as error:
                 txn = None
@@ -208,7 +212,7 @@ class SharedEnvironment(Gate):
                 return self.read(key, default, probe)
             readers[me] = outer or False  # out of the gate: user code from here
             try:
-                return loads(raw) if type(raw) is bytes else load(raw)
+                return loads(raw) if type(raw) is bytes else raw.load()
             except Exception as error:
                 raise _unpickle_error(key, "DB", error) from error
         finally:

@@ -26,22 +26,14 @@ def is_blob(view: memoryview) -> bool:
     That is PROTO 5, BINBYTES and a length of 4 bytes, the bytes, MEMOIZE, STOP.
     """
     return (
-        len(view) >= LARGE
-        and view[:3].tobytes() == b"\x80\x05B"
+        view[:3].tobytes() == b"\x80\x05B"
         and int.from_bytes(view[3:7], "little") == len(view) - 9
         and view[-2:].tobytes() == b"\x94."
     )
 
 
-def keep(
-    gate: Gate, txn: lmdb.Transaction[memoryview], view: memoryview
-) -> bytes | LargeValue:
-    """Make of a view of the map what `load` takes outside the gate."""
-    return view.tobytes() if len(view) < LARGE else LargeValue(gate, txn, view)
-
-
 def load(raw: bytes | LargeValue) -> Any:
-    """Unpickle what `keep` has made."""
+    """Unpickle a value of `ManyValues`."""
     return loads(raw) if isinstance(raw, bytes) else raw.load()
 
 
@@ -158,8 +150,15 @@ class ManyValues(Pin):
         else:
             self._chunk_keys = min(_CHUNK_KEYS, self._chunk_keys * 4)
         if self._views:
-            values = [view and keep(self._gate, txn, view) for view in values]
+            values = [view and self._keep(txn, view) for view in values]
         return keys, values
+
+    def _keep(
+        self, txn: lmdb.Transaction[memoryview], view: memoryview
+    ) -> bytes | LargeValue:
+        if len(view) < LARGE:
+            return view.tobytes()
+        return LargeValue(self._gate, txn, view)
 
     def detach(self) -> None:
         txn = self._txn
