@@ -150,7 +150,9 @@ class ManyValues(Pin):
         else:
             self._chunk_keys = min(_CHUNK_KEYS, self._chunk_keys * 4)
         if self._views:
-            values = [view and self._keep(txn, view) for view in values]
+            values = [
+                None if view is None else self._keep(txn, view) for view in values
+            ]
         return keys, values
 
     def _keep(
