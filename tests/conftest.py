@@ -27,8 +27,8 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, An
         return store
 
     yield open_one
-    for store in opened:
-        store.close()
+    for store in opened:  # in a thread: after a deadlock this would hang, too
+        Worker(store.close).result()
     gc.collect()
 
 

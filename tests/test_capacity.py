@@ -151,12 +151,16 @@ def test_reads_go_on_and_log_that_the_buffer_is_stuck(open_capped, caplog):
 
 
 @ENGINES
-@pytest.mark.parametrize("cap", [*CAPS, 64 * MIB])
-def test_a_value_is_refused_at_once_or_fits(open_capped, engine, cap):
-    # From below: find where refusing begins.
-    fits, never = 0, cap
+@pytest.mark.parametrize("cap", [*CAPS, 64 * MIB], ids=lambda cap: f"{cap // KIB}K")
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_a_value_is_refused_at_once_or_fits(open_capped, engine, cap, used):
     store = open_capped(cap, 1000, **engine)
-    while never - fits > 1000:
+    if used:
+        store.put_many({b"other": 1})
+        store.delete(b"other")
+        store.flush()
+    fits, never = 0, cap
+    while never - fits > KIB:
         size = (fits + never) // 2
         try:
             store.put(b"k", bytes(size))
@@ -164,12 +168,9 @@ def test_a_value_is_refused_at_once_or_fits(open_capped, engine, cap):
             never = size
         else:
             fits = size
-    assert len(store.write_buffer) == 1
-    assert len(store.write_buffer[b"k"]) < never
-    assert fits > 0
     store.flush()  # the largest that was accepted
     assert len(store[b"k"]) == fits
-    assert never > cap // 2 or cap < MIB
+    assert fits > (cap // 2 if cap >= MIB else 0)
 
 
 def test_put_many_that_can_not_fit_changes_nothing(open_capped):
@@ -222,6 +223,57 @@ def test_a_full_store_can_delete(open_capped, engine, cap, batch_size):
         assert entries(store) == 0
         assert not store.write_buffer
         store.close()
+
+
+@pytest.mark.parametrize("lib_version", [0, 1])
+@pytest.mark.parametrize("size", [KIB // 2, KIB, 2 * KIB])
+@pytest.mark.parametrize("cap", CAPS[1:4], ids=lambda cap: f"{cap // KIB}K")
+def test_deleting_several_at_once_leaves_room_to_delete(
+    open_capped, lib_version, cap, size
+):
+    keys = [b"%0500d" % number for number in range(cap // size)]
+    for several in range(2, 9):
+        store = open_capped(cap, 1000, lib_version=lib_version)
+        refused = True
+        while refused:
+            try:
+                store.put_many(dict.fromkeys(keys, b"x" * size))
+                refused = False
+            except lmdb.MapFullError:
+                keys.pop()
+        for key in keys[:: max(1, len(keys) // several)]:
+            store.delete(key)
+        store.flush()
+        for key in keys:
+            store.delete(key)
+            store.flush()
+        assert entries(store) == 0
+        store.close()
+
+
+@pytest.mark.parametrize("lib_version", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [
+        (4 * KIB // 3, range(200, 254)),  # one in each leaf, though two could be
+        (4 * KIB - 10, range(100, 130)),  # two pages, for the header of the first
+    ],
+    ids=["leaves", "pages"],
+)
+def test_a_batch_that_just_fits_leaves_room_to_delete(
+    open_capped, lib_version, size, counts
+):
+    fitted = []
+    for count in counts:
+        store = open_capped(MIB, 1, lib_version=lib_version)
+        with contextlib.suppress(lmdb.MapFullError):
+            store.put_many({key_of(number): b"x" * size for number in range(count)})
+            fitted.append(count)
+        for number in range(entries(store)):
+            store.delete(key_of(number))
+        assert entries(store) == 0
+        store.close()
+    assert 0 < len(fitted) < len(counts)  # the edge is among them
 
 
 @ENGINES

@@ -537,7 +537,7 @@ class Forks:
         self.count = 0
 
     def __setstate__(self, state):
-        assert wait_for(gc.collect) == 0
+        assert wait_for(lambda: LmdbObjectStore("db").close()) == 0
         store.delete("large")
         for _ in range(8):
             store.put_many({{"filler": bytes(2**21)}})

@@ -86,8 +86,8 @@ def test_kill_leaves_all_or_nothing_of_each_batch(tmp_path, lib_version):
                 lines = [child.stdout.readline() for _ in range(chance.randint(3, 40))]
             finally:
                 child.kill()
-            lines += child.stdout.read().splitlines()
-        done = dict(line.split() for line in lines if line)
+            lines.append(child.stdout.read())
+        done = dict(re.findall(rb"(\w+) (\d+)\r?\n", b"".join(lines)))
         many, flushed = int(done[b"many"]), int(done[b"flush"])
         verify(path)
         with LmdbObjectStore(path) as store:

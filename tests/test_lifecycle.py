@@ -4,6 +4,8 @@ import contextlib
 import gc
 import logging
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from typing import ClassVar
@@ -208,56 +210,51 @@ def test_close_syncs_though_the_final_flush_fails(open_store, calls):
     assert calls == ["sync(True)", "close"]
 
 
-def grow(store):
-    store.max_map_size = None
-    store.flush()
+@pytest.mark.parametrize(
+    ("cap", "logged", "use"),
+    [
+        (CAP, "store.close()  # fails", "store.close()"),
+        (None, "store.flush()  # grows", "store.flush()"),
+    ],
+)
+def test_logging_handler_may_wait_for_the_store_that_logs(tmp_path, cap, logged, use):
+    # The main thread is in a logging handler, holds its lock and is about to use
+    # the store. The other thread is in the store and has something to log: if it
+    # held a lock of the store now, both would wait for ever.
+    script = f"""
+import logging, threading
+from lmdb_object_store import LmdbObjectStore
+handling, store_logs = threading.Event(), threading.Event()
 
-
-class HandlerThatUses(logging.Handler):
-    """Does something with a store while it handles a record."""
-
-    def __init__(self, use):
-        super().__init__()
-        self.use = use
-        self.handling = threading.Event()
-        self.store_logs = threading.Event()
-
-    def note_store(self, record):
-        self.store_logs.set()
-        return True
-
+class Handler(logging.Handler):
     def emit(self, record):  # under the handler's own lock, as always
         if record.name == "application":
-            self.handling.set()
-            assert self.store_logs.wait(PATIENCE)
-            self.use()
+            handling.set()
+            store_logs.wait()
+            {use}
 
+def note(record):
+    store_logs.set()
+    return True
 
-@pytest.mark.parametrize(
-    ("logged", "use"),
-    [
-        (lambda store: store.close(), lambda store: store.close()),
-        (grow, lambda store: store.flush()),
-    ],
-    ids=["failing close", "growth"],
-)
-def test_what_the_store_logs_waits_for_no_handler_with_a_lock_held(
-    overfull, in_thread, monkeypatch, caplog, logged, use
-):
-    # Thread 1 is in a logging handler, holds its lock and is about to use the
-    # store. Thread 2 is in the store and has to log: if it held a lock of the
-    # store now, both would wait for ever.
-    handler = HandlerThatUses(lambda: use(overfull))
-    library = logging.getLogger("lmdb_object_store")
-    monkeypatch.setattr(library, "handlers", [handler])
-    monkeypatch.setattr(library, "filters", [handler.note_store])
-    caplog.set_level(logging.INFO, library.name)
-    monkeypatch.setattr(logging.getLogger("application"), "handlers", [handler])
-    one = in_thread(lambda: logging.getLogger("application").error("hello"))
-    assert handler.handling.wait(PATIENCE)
-    two = in_thread(lambda: logged(overfull))
-    one.result()
-    two.result()
+logging.basicConfig(level=logging.INFO, handlers=[Handler()])
+logging.getLogger("lmdb_object_store").addFilter(note)
+
+def other():
+    handling.wait()
+    {logged}
+
+store = LmdbObjectStore("db", map_size={CAP}, max_map_size={cap})
+for n in range(64):
+    store[b"%d" % n] = bytes(2**15)
+thread = threading.Thread(target=other, daemon=True)
+thread.start()
+logging.getLogger("application").error("hello")
+thread.join()
+store.close()
+"""
+    command = [sys.executable, "-c", script]
+    subprocess.run(command, cwd=tmp_path, timeout=PATIENCE, check=True)
 
 
 # with

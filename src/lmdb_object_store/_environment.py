@@ -56,8 +56,8 @@ _GROWTH = 64 * 2**20
 _DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG}
 _DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
 _DISK_CODES.add(-30772)  # MDB_SHORT_WRITE of LMDB 1.0
-if os.name == "nt":
-    _DISK_CODES |= {39, 112}  # ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
+# ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
+_DISK_CODES |= {39, 112} if os.name == "nt" else set()
 MAX_VALUE = 2**32 - 1  # MAXDATASIZE in LMDB's mdb.c
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
@@ -216,11 +216,14 @@ class SharedEnvironment(Gate):
             except Exception as error:
                 raise _unpickle_error(key, "DB", error) from error
         finally:
-            if outer is None:
-                del readers[me]
-            else:
-                readers[me] = outer
-            txn = None  # or the traceback of a KeyboardInterrupt keeps it open
+            try:
+                if outer is None:
+                    del readers[me]
+                else:
+                    readers[me] = outer
+                txn = None  # or the traceback of a KeyboardInterrupt keeps it open
+            finally:
+                pass
 
     def read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         """Return what is stored under `keys`, pending or not, at one moment."""
@@ -258,11 +261,14 @@ class SharedEnvironment(Gate):
         # A put waits for the buffer lock, and a flush takes nothing out of the
         # buffer without it: what is pending and the transaction show one moment.
         with self.buffer_lock:
-            buffer = self.buffer
-            pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
-            views = self._large_seen
-            txn = begin(None, None, False, views)
-            return pending, ManyValues(self, txn, keys, views)
+            try:
+                buffer = self.buffer
+                pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
+                views = self._large_seen
+                txn = begin(None, None, False, views)
+                return pending, ManyValues(self, txn, keys, views)
+            finally:  # see Gate
+                pass
 
     def _repairing(
         self,
@@ -294,8 +300,6 @@ class SharedEnvironment(Gate):
         """
         if self.closed:
             raise self._closed_error() from None
-        if self.inside():
-            raise error
         self.as_writer(self._repair, error, begin)
 
     def _repair(self, error: lmdb.Error, begin: Any) -> None:
@@ -483,8 +487,7 @@ class SharedEnvironment(Gate):
             try:
                 if (puts or len(batch) > 1) and self._near_cap(batch):
                     self._rehearse(begin, deletions, puts)
-                with begin(write=True) as txn:
-                    _apply(txn, deletions, puts)
+                _transact(begin, _apply, deletions, puts)
                 return
             except lmdb.MapFullError:
                 if not self._recycle(begin):
@@ -520,10 +523,7 @@ class SharedEnvironment(Gate):
         if not puts:
             pages = max(8, pages // 2)
         reserve = [(_spare_key(number), filler) for number in range(pages)]
-        with begin(write=True) as txn:
-            _apply(txn, deletions, puts)
-            _apply(txn, [], reserve)
-            txn.abort()
+        _transact(begin, _apply, deletions, puts + reserve, commit=False)
 
     def _needed(self, batch: Batch) -> int:
         """Estimate the map size that `batch` needs, rather above than below.
@@ -559,11 +559,7 @@ class SharedEnvironment(Gate):
         if info["map_size"] < self._cap() or info["last_txnid"] == self._recycled:
             return False
         try:
-            with begin(write=True) as txn:
-                for key in map(_spare_key, count()):
-                    if txn.put(key, b"", overwrite=False):
-                        txn.delete(key)
-                        break
+            _transact(begin, _touch)
         except lmdb.Error:
             return False
         self._recycled = self.env.info()["last_txnid"]
@@ -654,12 +650,18 @@ class SharedEnvironment(Gate):
         news: list[tuple[Any, ...]] = []
         try:
             with self.write_lock:
-                self.writer = get_ident()
-                try:  # no call in between: see Gate
-                    return action(*args)
+                try:  # as in Gate
+                    self.writer = get_ident()
+                    try:
+                        return action(*args)
+                    finally:
+                        try:
+                            self.writer = None
+                            news, self._to_log = self._to_log, news
+                        finally:
+                            pass
                 finally:
-                    self.writer = None
-                    news, self._to_log = self._to_log, news
+                    pass
         finally:
             for line in news:  # a logging handler is user code: it may wait for us
                 log.log(*line)
@@ -811,6 +813,25 @@ def _size(batch: Batch) -> int:
     return sum(len(key) + len(raw or b"") for key, raw in batch.items())
 
 
+def _transact(
+    begin: Callable[..., lmdb.Transaction[Any]],
+    work: Callable[..., None],
+    *args: Any,
+    commit: bool = True,
+) -> None:
+    """Call ``work(txn, *args)`` in a write transaction."""
+    txn = begin(write=True)
+    try:
+        work(txn, *args)
+        if commit:
+            txn.commit()
+    finally:
+        try:  # as in Gate
+            txn.abort()  # does nothing after the commit
+        finally:
+            pass
+
+
 def _apply(
     txn: lmdb.Transaction[Any],
     deletions: list[bytes],
@@ -818,5 +839,12 @@ def _apply(
 ) -> None:
     for key in deletions:
         txn.delete(key)
-    with txn.cursor() as cursor:
-        cursor.putmulti(puts)
+    txn.cursor().putmulti(puts)
+
+
+def _touch(txn: lmdb.Transaction[Any]) -> None:
+    """Change nothing, but so that there is something to commit."""
+    for key in map(_spare_key, count()):
+        if txn.put(key, b"", overwrite=False):
+            txn.delete(key)
+            return

@@ -60,6 +60,12 @@ class Gate:
     between, and no reader stays counted. For the same reason the functions here
     take the work as a callable: a context manager written in Python could be
     interrupted between having entered and the start of its block.
+
+    CPython 3.10 delivers signals at one more point: when an exception arrives at
+    a handler, before the handler's first instruction (``__exit__`` of a ``with``
+    included), unless that is the start of a ``try``. Hence the ``try:`` at the
+    start of each ``finally:`` that must run, and an empty ``finally:`` inside each
+    ``with`` that must end: it takes the signal.
     """
 
     def __init__(self) -> None:
@@ -82,10 +88,13 @@ class Gate:
                 self.give_way(me, outer)
             return action(*args)
         finally:
-            if outer is None:
-                del readers[me]
-            else:
-                readers[me] = outer
+            try:
+                if outer is None:
+                    del readers[me]
+                else:
+                    readers[me] = outer
+            finally:
+                pass
 
     def outside_gate(self, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action`, a read that may run user code, and count it as one."""
@@ -96,8 +105,11 @@ class Gate:
         try:
             return action(*args)
         finally:
-            if outer is None:
-                del readers[me]
+            try:
+                if outer is None:
+                    del readers[me]
+            finally:
+                pass
 
     def give_way(self, me: int, outer: bool | None) -> None:
         """Leave the gate while somebody else holds it alone, then enter again.
@@ -133,14 +145,20 @@ class Gate:
         deadline = time.monotonic() + timeout
         while not self.readers.get(me):
             with self._bar:
-                self.barred = me
                 try:
-                    if self._drained():
-                        for pin in self.pins():
-                            pin.detach()
-                        return action(*args)
+                    self.barred = me
+                    try:
+                        if self._drained():
+                            for pin in self.pins():
+                                pin.detach()
+                            return action(*args)
+                    finally:
+                        try:
+                            self.barred = None
+                        finally:
+                            pass
                 finally:
-                    self.barred = None
+                    pass
             if time.monotonic() > deadline:
                 break
             time.sleep(_SLICE)  # a reader is stuck: let the others read

@@ -568,7 +568,8 @@ class LmdbObjectStore(Generic[_K, _V]):
         )
 
     def _key_error(self, key: Any) -> KeyError:
-        return KeyError(f"Key not found: {describe(self._codec.encode(key))}")
+        shown = key if isinstance(key, str) else self._codec.encode(key)
+        return KeyError(f"Key not found: {describe(shown)}")
 
 
 def _note_key(error: Exception, key: bytes) -> None:

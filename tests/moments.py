@@ -1,0 +1,159 @@
+"""Stop a thread, or deliver a signal, at a chosen moment inside the library."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any, TypeVar
+
+import lmdb
+
+import lmdb_object_store
+from conftest import PATIENCE
+
+_T = TypeVar("_T")
+_LIBRARY = os.path.dirname(lmdb_object_store.__file__)
+_TOOL = 4  # of sys.monitoring; coverage.py and debuggers have other numbers
+
+
+class Parked:
+    """A thread that stops where it first calls `method` of py-lmdb.
+
+    It stops before the call; so at "putmulti", for example, in the middle of
+    a commit. The end of a `with` block lets it go on, if `release` has not.
+    """
+
+    def __init__(
+        self, in_thread: Callable[..., Any], method: str, action: Callable[[], Any]
+    ) -> None:
+        self._method = method
+        self._action = action
+        self._arrived = threading.Event()
+        self._leave = threading.Event()
+        self._thread = in_thread(self._run)
+        assert self._arrived.wait(PATIENCE), f"{method}() was never called"
+
+    def _run(self) -> Any:
+        sys.setprofile(self._hook)
+        try:
+            return self._action()
+        finally:
+            sys.setprofile(None)
+
+    def _hook(self, frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and is_method(function, self._method):
+            sys.setprofile(None)
+            self._arrived.set()
+            assert self._leave.wait(PATIENCE), "nobody let the thread go on"
+
+    def leave(self) -> None:
+        """Let the thread go on."""
+        self._leave.set()
+
+    def release(self) -> Any:
+        """Let the thread go on to its end, and return its result."""
+        self.leave()
+        return self._thread.result()
+
+    def __enter__(self) -> Parked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+
+def is_method(function: Any, name: str) -> bool:
+    """Whether a C function is the method `name` of one of py-lmdb's objects."""
+    return function.__name__ == name and isinstance(
+        function.__self__, (lmdb.Environment, lmdb.Transaction, lmdb.Cursor)
+    )
+
+
+class _Trip(int):
+    # Reading an attribute gives CPython no occasion to look for signals, as a
+    # call would: the signal waits for the code that is stepped through.
+    now = property(_thread.interrupt_main)
+
+
+def every_step(
+    prepare: Callable[[], _T], action: Callable[[_T], Any]
+) -> Iterator[tuple[_T, Any]]:
+    """Do ``action(prepare())`` with a SIGINT at each of its bytecodes in turn.
+
+    Only bytecodes of the library count. CPython runs the signal handler where it
+    next looks for signals, as it would for one from outside. Yields what was
+    prepared and the result of `action`, or its exception, until `action` ends
+    before the signal. For the main thread.
+    """
+    for step in count(1):
+        subject = prepare()
+        # No finalizer of something else is to run in between.
+        gc.disable()
+        try:
+            reached, result = _with_signal(step, lambda: action(subject))  # noqa: B023
+        finally:
+            gc.enable()
+        yield subject, result
+        if not reached:
+            return
+
+
+def _with_signal(step: int, action: Callable[[], Any]) -> tuple[bool, Any]:
+    trip = _Trip(signal.SIGINT)
+    steps = 0
+
+    # The hooks trip the signal as the last thing that they do themselves: after
+    # the return from a call CPython may look for signals.
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal steps
+        if event == "call":
+            if not frame.f_code.co_filename.startswith(_LIBRARY):
+                return None
+            frame.f_trace_opcodes = True
+        elif event == "opcode":
+            steps += 1
+            if steps == step:
+                sys.settrace(None)
+                trip.now  # noqa: B018
+        return trace
+
+    def instruction(code: Any, offset: int) -> Any:
+        nonlocal steps
+        if not code.co_filename.startswith(_LIBRARY):
+            return sys.monitoring.DISABLE
+        steps += 1
+        if steps == step:
+            sys.monitoring.set_events(_TOOL, 0)
+            trip.now  # noqa: B018
+        return None
+
+    monitored = sys.version_info >= (3, 12)
+    if monitored:
+        event = sys.monitoring.events.INSTRUCTION
+        sys.monitoring.use_tool_id(_TOOL, __name__)
+        sys.monitoring.register_callback(_TOOL, event, instruction)
+    before = sys.gettrace()
+    try:
+        if monitored:
+            sys.monitoring.set_events(_TOOL, event)
+        else:
+            sys.settrace(trace)
+        result = action()
+        for _ in range(3):
+            pass  # where a signal that still waits is handled
+    except BaseException as error:
+        result = error
+    finally:
+        if monitored:
+            sys.monitoring.set_events(_TOOL, 0)
+            sys.monitoring.free_tool_id(_TOOL)
+        else:
+            sys.settrace(before)
+    return steps >= step, result
