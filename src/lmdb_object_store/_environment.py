@@ -24,7 +24,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import count
 from math import inf
 from pickle import loads
@@ -113,7 +113,6 @@ class SharedEnvironment(Gate):
         self._page_size: int = self.env.stat()["psize"]
         self._map_size: int = self.env.info()["map_size"]
         self._recycled = -1  # the transaction that `_recycle` committed last
-        self._large_seen = False  # spares stores of small values a memoryview a read
         self._read_flush_due = 0.0  # when a read may try again what failed
         self.closed = False
         self._closed_text = "closed"  # when it is
@@ -184,7 +183,7 @@ class SharedEnvironment(Gate):
                 if self.barred is not None:
                     self.give_way(me, outer)
                     begin = self._begin
-                views = self._large_seen
+                views = self.large_seen
                 if views:
                     txn = begin(None, None, False, True)
                     raw = txn.get(key)
@@ -194,7 +193,7 @@ class SharedEnvironment(Gate):
                     return default
                 large = len(raw) >= LARGE
                 if large:
-                    self._large_seen = True
+                    self.large_seen = True
                 if probe:
                     return True
                 if views:
@@ -225,38 +224,34 @@ class SharedEnvironment(Gate):
             finally:
                 pass
 
-    def read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
+    def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
         """Return what is stored under `keys`, pending or not, at one moment."""
         return self.outside_gate(self._read_many, keys)
 
-    def _read_many(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
+    def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
         pending, stored = self._repairing(self.repair, self._begin_many, keys)
         found: dict[bytes, Any] = {}
         try:
-            while True:
+            left = len(keys)
+            while left:
                 chunk, raws = self.in_gate(stored.next_chunk)
-                if not chunk:
-                    return found
+                left -= len(chunk)
                 if pending:
                     raws = list(map(pending.get, chunk, raws))
-                hits = {
-                    key: raw
-                    for key, raw in zip(chunk, raws, strict=True)
-                    if raw is not None
-                }
-                before = len(found)
-                unpickle = load if self._large_seen else loads
+                unpickle = load if self.large_seen else loads
                 try:
-                    found.update(zip(hits, map(unpickle, hits.values()), strict=True))
+                    for key, raw in zip(chunk, raws, strict=True):
+                        if raw is not None:
+                            found[key] = unpickle(raw)
                 except Exception as error:
-                    key = list(hits)[len(found) - before]
                     source = "buffered" if key in pending else "DB"
                     raise _unpickle_error(key, source, error) from error
+            return found
         finally:
             stored.release()
 
     def _begin_many(
-        self, begin: Callable[..., lmdb.Transaction[Any]], keys: Iterable[bytes]
+        self, begin: Callable[..., lmdb.Transaction[Any]], keys: list[bytes]
     ) -> tuple[dict[bytes, Any], ManyValues]:
         # A put waits for the buffer lock, and a flush takes nothing out of the
         # buffer without it: what is pending and the transaction show one moment.
@@ -264,7 +259,7 @@ class SharedEnvironment(Gate):
             try:
                 buffer = self.buffer
                 pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
-                views = self._large_seen
+                views = self.large_seen
                 txn = begin(None, None, False, views)
                 return pending, ManyValues(self, txn, keys, views)
             finally:  # see Gate

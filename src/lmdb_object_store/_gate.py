@@ -73,6 +73,8 @@ class Gate:
         self.readers: dict[int, bool] = {}
         # The thread that holds the gate alone.
         self.barred: int | None = None
+        # Whether to expect large values: if not, reads are spared a memoryview.
+        self.large_seen = False
         # Held while barred, for readers to wait on.
         self._bar = RLock()
         self._pins: set[weakref.ref[Pin]] = set()

@@ -262,7 +262,7 @@ class LmdbObjectStore(Generic[_K, _V]):
         if env.buffer and self.autoflush_on_read:
             env.flush_for_read()
         wanted = dict.fromkeys(encoded)
-        found: dict[Any, Any] = env.read_many(wanted)
+        found: dict[Any, Any] = env.read_many(list(wanted))
         not_found: list[Any] = []
         if len(found) < len(wanted):
             pairs = zip(given, encoded, strict=True)
