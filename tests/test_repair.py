@@ -1,0 +1,161 @@
+"""What puts an environment out of action, or a map out of date, and how it goes on."""
+
+from __future__ import annotations
+
+import threading
+
+import lmdb
+import pytest
+
+from conftest import PATIENCE
+from lmdb_object_store import BusyError, GrowthError, SizeError
+from moments import Parked
+
+LARGE = b"x" * 2**18
+
+
+class Nested:
+    """A large value that reads another one when it is unpickled."""
+
+    store = None
+
+    def __init__(self, inner):
+        self.state = {"inner": inner, "ballast": [LARGE]}
+
+    def __getstate__(self):
+        return self.state
+
+    def __setstate__(self, state):
+        self.inner = state["inner"] and Nested.store.get(state["inner"])
+
+
+@pytest.fixture
+def nested(open_store):
+    """Open a store with few reader slots and a chain of values, one in another."""
+    store = Nested.store = open_store(max_readers=2)
+    for number in range(5):
+        store[b"%d" % number] = Nested(b"%d" % (number - 1) if number else b"")
+    store.flush()
+    store.get(b"0")  # from now on large values are expected, and read in pieces
+    yield store
+    Nested.store = None
+
+
+def test_large_values_in_each_other_need_no_more_slots_than_there_are(nested):
+    value = nested[b"4"]
+    for _ in range(4):
+        value = value.inner
+    assert value.inner == b""
+
+
+def test_slots_that_others_hold_are_told_of(open_store):
+    store = open_store(max_readers=1)
+    store[b"k"] = 1
+    store.flush()
+    with store.env.begin(), pytest.raises(lmdb.ReadersFullError):
+        store.get(b"k")
+    assert store.get(b"k") == 1
+
+
+@pytest.mark.parametrize("timeout", [0, 0.1])
+def test_growth_gives_up_on_a_read_that_does_not_end(open_store, in_thread, timeout):
+    store = open_store(map_size=2**16, growth_timeout=timeout)
+    store[b"k"] = 1
+    store.flush()
+    with Parked(in_thread, "get", lambda: store.get(b"k")) as reader:
+        store[b"large"] = LARGE
+        with pytest.raises(GrowthError, match="does not end"):
+            store.flush()
+        assert in_thread(lambda: store.get(b"k")).result() == 1  # others read on
+        with pytest.raises(BusyError):
+            store.close()
+        assert store.write_buffer.keys() == {b"large"}
+        assert reader.release() == 1
+    store.close()
+    assert open_store(map_size=2**16).get(b"large") == LARGE
+
+
+def test_a_read_that_ends_late_lets_growth_go_on(open_store, in_thread):
+    store = open_store(map_size=2**16)
+    store[b"k"] = 1
+    store.flush()
+    with Parked(in_thread, "get", lambda: store.get(b"k")) as reader:
+        store[b"large"] = LARGE
+        leave = threading.Timer(0.2, reader.leave)
+        leave.start()
+        store.flush()
+        leave.join(PATIENCE)
+        assert reader.release() == 1
+    assert store.get(b"large") == LARGE
+
+
+@pytest.mark.parametrize("read", ["get", "get_many", "exists"])
+def test_damage_is_told_of(open_store, tmp_path, read):
+    store = open_store()
+    store.put_many((b"%04d" % number, number) for number in range(1000))
+    with (tmp_path / "db" / "data.mdb").open("r+b") as file:
+        size = file.seek(0, 2)
+        pages = store.env.stat()["psize"] * 2  # the two meta pages stay
+        file.seek(pages)
+        file.write(bytes(size - pages))
+    with pytest.raises(lmdb.Error):
+        getattr(store, read)([b"0001"] if read == "get_many" else b"0001")
+
+
+def test_an_environment_that_the_user_has_closed_is_opened_again(open_store):
+    store = open_store()
+    store[b"k"] = 1
+    store.flush()
+    store.env.close()
+    assert store.get(b"k") == 1
+
+
+def test_growth_fails_while_the_user_writes_and_works_afterwards(open_store, in_thread):
+    store = open_store(map_size=2**16)
+    store[b"k"] = 1
+    store.flush()
+    # A write transaction of the user's on another thread, begun between the
+    # attempt to write and the growth of the map.
+    flush = lambda: (store.put(b"large", LARGE), store.flush())  # noqa: E731
+    with Parked(in_thread, "set_mapsize", flush) as writer:
+        with store.env.begin(write=True):
+            writer.leave()
+            with pytest.raises(GrowthError, match="write transaction"):
+                writer.release()
+        assert store.get(b"k") == 1
+    store.flush()
+    assert store.get(b"large") == LARGE
+
+
+def test_a_value_that_lmdb_cannot_store_is_refused(open_store, monkeypatch):
+    store = open_store()
+    # The real limit, 4 GiB, would take 8 GiB of memory to reach.
+    monkeypatch.setattr(store._env, "max_value", 1000)  # noqa: SLF001
+    for write in (store.put, lambda key, value: store.put_many([(key, value)])):
+        with pytest.raises(SizeError, match="below 4 GiB"):
+            write(b"k", bytes(1000))
+    assert b"k" not in store
+
+
+class ClosesItsStore:
+    def __getstate__(self):
+        return {"ballast": 1}
+
+    def __setstate__(self, state):
+        try:
+            with Nested.store:
+                raise LookupError("of the block")
+        except LookupError as error:
+            self.error = error
+
+
+def test_the_error_of_a_block_goes_on_though_the_store_cannot_be_closed(
+    open_store, caplog
+):
+    store = Nested.store = open_store()
+    store[b"k"] = ClosesItsStore()
+    store.flush()
+    assert str(store[b"k"].error) == "of the block"
+    assert "Could not close" in caplog.text
+    assert not store.closed
+    Nested.store = None
