@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,19 @@ class Worker:
     @property
     def running(self) -> bool:
         return self._thread.is_alive()
+
+    def wait_until_in(self, function: str) -> None:
+        """Wait until the thread has called `function`, where it can't say so."""
+        pause = threading.Event()
+        for _ in range(int(PATIENCE * 100)):
+            frames = sys._current_frames()  # noqa: SLF001 (documented all the same)
+            frame = frames.get(self._thread.ident or 0)
+            while frame is not None:
+                if frame.f_code.co_name == function:
+                    return
+                frame = frame.f_back
+            pause.wait(0.01)
+        raise AssertionError(f"the thread never came to {function}()")
 
     def result(self) -> Any:
         self._thread.join(PATIENCE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import lmdb
@@ -135,6 +137,100 @@ def test_a_value_that_lmdb_cannot_store_is_refused(open_store, monkeypatch):
         with pytest.raises(SizeError, match="below 4 GiB"):
             write(b"k", bytes(1000))
     assert b"k" not in store
+
+
+def test_threads_that_meet_a_dead_environment_open_it_once(
+    open_store, in_thread, caplog
+):
+    store = open_store()
+    store[b"k"] = 1
+    store.flush()
+    store[b"pending"] = 2
+    with Parked(in_thread, "begin", store.flush) as writer:
+        store.env.close()
+        readers = [in_thread(lambda: store.get(b"k")) for _ in range(2)]
+        for reader in readers:
+            reader.wait_until_in("as_writer")
+        writer.release()
+        assert [reader.result() for reader in readers] == [1, 1]
+    assert caplog.text.count("reopened") == 1
+
+
+def grow_elsewhere(path):
+    grow = (
+        "import lmdb, sys\n"
+        "env = lmdb.open(sys.argv[1], map_size=2**26)\n"
+        "with env.begin(write=True) as txn: txn.put(b'large', bytes(2**20))"
+    )
+    command = [sys.executable, "-c", grow, path]
+    subprocess.run(command, check=True, timeout=PATIENCE)
+
+
+def test_a_map_grown_elsewhere_is_adopted_unless_a_read_does_not_end(
+    open_store, in_thread
+):
+    store = open_store(map_size=2**16, growth_timeout=0)
+    store[b"k"] = 1
+    store.flush()
+    with Parked(in_thread, "get", lambda: store.get(b"k")) as reader:
+        grow_elsewhere(store.db_path)
+        with pytest.raises(BusyError, match="does not end"):
+            store.get(b"k")
+        assert reader.release() == 1
+    assert store.get(b"k") == 1
+
+
+def test_get_many_survives_several_growths(open_store, in_thread):
+    values = {b"%d" % n: Waits(n) for n in range(1000)}
+    with open_store("source", map_size=2**16) as store:
+        store.put_many(values)
+        Waits.arrived, Waits.leave = threading.Event(), threading.Event()
+        reader = in_thread(lambda: store.get_many(values))
+        assert Waits.arrived.wait(PATIENCE)
+        for size in (2**20, 2**28):
+            store.max_map_size = size
+            store.put_many({b"grow": bytes(size // 4)})
+        Waits.leave.set()
+        found, not_found = reader.result()
+    assert not_found == []
+    assert {key: value.number for key, value in found.items()} == {
+        key: value.number for key, value in values.items()
+    }
+
+
+class Waits:
+    arrived = leave = threading.Event()
+
+    def __init__(self, number):
+        self.number = number
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.arrived.set()
+        assert self.leave.wait(PATIENCE)
+
+
+def fill_to_the_brim(env):
+    for count in range(1000, 0, -1):
+        items = [(b"%04d" % number, bytes(1500)) for number in range(count)]
+        try:
+            with env.begin(write=True) as txn:
+                txn.cursor().putmulti(items)
+        except lmdb.MapFullError:
+            continue
+        return
+
+
+def test_a_map_that_others_have_filled_to_the_brim_says_so(open_store):
+    store = open_store(map_size=2**18, max_map_size=2**18)
+    fill_to_the_brim(store.env)
+    store.delete(b"0001")
+    with pytest.raises(GrowthError, match="max_map_size"):
+        store.flush()
+    assert store.write_buffer == {b"0001": None}
+    store.max_map_size = 2**19
+    store.flush()
+    assert b"0001" not in store
 
 
 class ClosesItsStore:

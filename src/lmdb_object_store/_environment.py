@@ -25,7 +25,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from itertools import count
 from math import inf
 from pickle import loads
 from threading import RLock, get_ident
@@ -298,10 +297,8 @@ class SharedEnvironment(Gate):
         self.as_writer(self._repair, error, begin)
 
     def _repair(self, error: lmdb.Error, begin: Any) -> None:
-        if self.closed:
-            raise self._closed_error() from None
-        if begin is not self._begin:
-            return  # another thread was faster
+        if self.closed or begin is not self._begin:
+            return  # meanwhile: try again, and fail for another reason
         if isinstance(error, lmdb.MapResizedError):
             self._resize(0)
         elif isinstance(error, lmdb.ReadersFullError):
@@ -839,7 +836,5 @@ def _apply(
 
 def _touch(txn: lmdb.Transaction[Any]) -> None:
     """Change nothing, but so that there is something to commit."""
-    for key in map(_spare_key, count()):
-        if txn.put(key, b"", overwrite=False):
-            txn.delete(key)
-            return
+    key = _spare_key(0)
+    txn.put(key, b"", overwrite=False) and txn.delete(key)
