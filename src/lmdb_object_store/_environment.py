@@ -297,8 +297,10 @@ class SharedEnvironment(Gate):
         self.as_writer(self._repair, error, begin)
 
     def _repair(self, error: lmdb.Error, begin: Any) -> None:
-        if self.closed or begin is not self._begin:
-            return  # meanwhile: try again, and fail for another reason
+        if self.closed:
+            raise self._closed_error() from None
+        if begin is not self._begin:
+            return  # another thread was faster
         if isinstance(error, lmdb.MapResizedError):
             self._resize(0)
         elif isinstance(error, lmdb.ReadersFullError):
@@ -323,23 +325,23 @@ class SharedEnvironment(Gate):
         count = len(self.buffer) + (key not in self.buffer)
         size = len(key) + len(raw or b"")
         total = self.buffer_bytes + size
-        full = count >= batch_size or total >= batch_bytes
-        if full or not self.may_buffer:
+        must_flush = count >= batch_size or total >= batch_bytes
+        if must_flush or not self.may_buffer:
             self.check_writable()
             # Don't wait for another thread's commit, within reason.
-            busy = self.writer is not None and not self.exiting
-            if self.inside() or (
-                busy and count < 2 * batch_size and total < 2 * batch_bytes
-            ):
-                full = False
-            elif count < batch_size and not self.exiting:
+            patient = (
+                self.writer is not None
+                and not self.exiting
+                and count < 2 * batch_size
+                and total < 2 * batch_bytes
+            )
+            must_flush = not patient and not self.inside()
+            if must_flush and count < batch_size and not self.exiting:
                 # Overwritten values are counted twice, so look closely.
                 total = _size({**self.buffer, key: raw})
-                full = total >= batch_bytes
-                size += total - size - self.buffer_bytes
-            else:
-                full = True
-        if not full:
+                size = total - self.buffer_bytes
+                must_flush = total >= batch_bytes
+        if not must_flush:
             with self.buffer_lock:  # no call in here: see put
                 if not self.closing:
                     self.buffer[key] = raw
