@@ -455,24 +455,34 @@ def test_a_signal_handler_may_use_the_store_at_every_moment_of_growth(
     assert refused > served > 100
 
 
+def put_over_and_over(store):
+    # The buffer counts each of them, until it looks more closely.
+    for _ in range(3):
+        store.put("accepted", b"x" * 100)
+
+
 @pytest.mark.parametrize(
-    ("operation", "writes"),
+    ("operation", "writes", "options"),
     [
-        (lambda store: store.put("accepted", 1), True),
-        (lambda store: store.put_many({"accepted": 1}), True),
-        (lambda store: store.flush(), False),
-        (lambda store: store["stored"], False),
-        (lambda store: store.get_many(["stored"]), False),
+        (lambda store: store.put("accepted", 1), True, {}),
+        (lambda store: store.put("accepted", 1), True, {"batch_size": 2}),
+        (put_over_and_over, False, {"batch_bytes": 300}),
+        (lambda store: store.put_many({"accepted": 1}), True, {}),
+        (lambda store: store.flush(), False, {}),
+        (lambda store: store["stored"], False, {}),
+        (lambda store: store.get_many(["stored"]), False, {}),
     ],
-    ids=["put", "put_many", "flush", "get", "get_many"],
+    ids=["put", "put a batch", "overwrite", "put_many", "flush", "get", "get_many"],
 )
-def test_a_signal_handler_may_close_at_every_moment(open_store, operation, writes):
+def test_a_signal_handler_may_close_at_every_moment(
+    open_store, operation, writes, options
+):
     numbers = count()
     outcomes = []
 
     def prepare():
         name = str(next(numbers))
-        store = open_store(name, key_encoding="utf-8", sync=False)
+        store = open_store(name, key_encoding="utf-8", sync=False, **options)
         store.put_many({"stored": 0})
         store["pending"] = 1
         return store
