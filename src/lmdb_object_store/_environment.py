@@ -229,25 +229,29 @@ class SharedEnvironment(Gate):
 
     def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
         pending, stored = self._repairing(self.repair, self._begin_many, keys)
-        found: dict[bytes, Any] = {}
         try:
-            left = len(keys)
-            while left:
-                chunk, raws = self.in_gate(stored.next_chunk)
-                left -= len(chunk)
-                if pending:
-                    raws = list(map(pending.get, chunk, raws))
-                unpickle = load if self.large_seen else loads
-                try:
-                    for key, raw in zip(chunk, raws, strict=True):
-                        if raw is not None:
-                            found[key] = unpickle(raw)
-                except Exception as error:
-                    source = "buffered" if key in pending else "DB"
-                    raise _unpickle_error(key, source, error) from error
-            return found
+            return self._unpickle_many(pending, stored, len(keys))
         finally:
             stored.release()
+
+    def _unpickle_many(
+        self, pending: Batch, stored: ManyValues, count: int
+    ) -> dict[bytes, Any]:
+        found: dict[bytes, Any] = {}
+        while count:
+            chunk, raws = self.in_gate(stored.next_chunk)
+            count -= len(chunk)
+            if pending:
+                raws = list(map(pending.get, chunk, raws))
+            unpickle = load if self.large_seen else loads
+            try:
+                for key, raw in zip(chunk, raws, strict=True):
+                    if raw is not None:
+                        found[key] = unpickle(raw)
+            except Exception as error:
+                source = "buffered" if key in pending else "DB"
+                raise _unpickle_error(key, source, error) from error
+        return found
 
     def _begin_many(
         self, begin: Callable[..., lmdb.Transaction[Any]], keys: list[bytes]
@@ -256,8 +260,7 @@ class SharedEnvironment(Gate):
         # buffer without it: what is pending and the transaction show one moment.
         with self.buffer_lock:
             try:
-                buffer = self.buffer
-                pending = {k: buffer[k] for k in keys if k in buffer} if buffer else {}
+                pending = _pick(self.buffer, keys)
                 views = self.large_seen
                 txn = begin(None, None, False, views)
                 return pending, ManyValues(self, txn, keys, views)
@@ -439,18 +442,21 @@ class SharedEnvironment(Gate):
     def _settle(self, pending: Batch, committed: Batch) -> None:
         """Take out of the buffer what was `pending` when `committed` began."""
         with self.buffer_lock:
-            # Between comparing and taking out there is no call and no allocation:
-            # a signal handler's or finalizer's put must not come between.
-            empty: Batch = {}
-            if committed.keys() >= pending.keys() and self.buffer == pending:
-                self.buffer = empty
-                self.buffer_bytes = 0
-                return
-            buffer = self.buffer
-            for key, raw in pending.items():
-                if key in committed and key in buffer and buffer[key] is raw:
-                    del buffer[key]
-            self.buffer_bytes = _size(buffer)
+            self._take_out(pending, committed)
+
+    def _take_out(self, pending: Batch, committed: Batch) -> None:
+        # Between comparing and taking out there is no call and no allocation: a
+        # signal handler's or finalizer's put must not come between.
+        empty: Batch = {}
+        if committed.keys() >= pending.keys() and self.buffer == pending:
+            self.buffer = empty
+            self.buffer_bytes = 0
+            return
+        buffer = self.buffer
+        for key, raw in pending.items():
+            if key in committed and key in buffer and buffer[key] is raw:
+                del buffer[key]
+        self.buffer_bytes = _size(dict(buffer))
 
     def _commit_deletions(self, keys: list[bytes]) -> None:
         """Delete in as few transactions as the pages left allow."""
@@ -623,9 +629,14 @@ class SharedEnvironment(Gate):
     # Locks
 
     def inside(self) -> bool:
-        """Whether this thread is writing or in the gate: it was interrupted there."""
+        """Whether this thread is interrupted while it writes, reads or buffers."""
         me = get_ident()
-        return self.writer == me or self.readers.get(me, False)
+        return (
+            self.writer == me
+            or self.readers.get(me, False)
+            # Private, but what threading.Condition relies on as well.
+            or self.buffer_lock._is_owned()  # type: ignore[attr-defined]
+        )
 
     def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` under the write lock; it must not run user code.
@@ -797,6 +808,10 @@ class SharedEnvironment(Gate):
 
 def _unpickle_error(key: bytes, source: str, error: Exception) -> UnpickleError:
     return UnpickleError(f"Failed to unpickle {source} key {describe(key)}: {error}")
+
+
+def _pick(batch: Batch, keys: list[bytes]) -> Batch:
+    return {key: batch[key] for key in keys if key in batch} if batch else {}
 
 
 def _spare_key(number: int) -> bytes:

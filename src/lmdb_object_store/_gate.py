@@ -61,11 +61,13 @@ class Gate:
     take the work as a callable: a context manager written in Python could be
     interrupted between having entered and the start of its block.
 
-    CPython 3.10 delivers signals at one more point: when an exception arrives at
-    a handler, before the handler's first instruction (``__exit__`` of a ``with``
-    included), unless that is the start of a ``try``. Hence the ``try:`` at the
-    start of each ``finally:`` that must run, and an empty ``finally:`` inside each
-    ``with`` that must end: it takes the signal.
+    CPython 3.10 delivers signals also at conditional jumps, and when an exception
+    arrives at a handler, before the handler's first instruction (``__exit__`` of a
+    ``with`` included) unless that is the start of a ``try``. Hence the ``try:`` at
+    the start of each ``finally:`` that must run, and an empty ``finally:`` inside
+    each ``with`` that must end: it takes the signal. In 3.13 a signal at the end of
+    a loop's ``if`` escapes the ``with`` or ``try`` around it: such loops have
+    functions of their own.
     """
 
     def __init__(self) -> None:
