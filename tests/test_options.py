@@ -47,6 +47,7 @@ BAD_OPTIONS = [
     ({"str_normalize": ""}, ValueError),
     ({"str_normalize": 1}, (TypeError, ValueError)),
     ({"max_spare_txns": 1}, ValueError),
+    ({"lock": False}, ValueError),
 ]
 BAD_LMDB_OPTIONS = [
     ({"no_such_option": 1}, TypeError),

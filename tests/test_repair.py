@@ -10,7 +10,7 @@ import lmdb
 import pytest
 
 from conftest import PATIENCE
-from lmdb_object_store import BusyError, GrowthError, SizeError
+from lmdb_object_store import BusyError, ClosedError, GrowthError, SizeError
 from moments import Parked
 
 LARGE = b"x" * 2**18
@@ -182,20 +182,19 @@ def test_a_map_grown_elsewhere_is_adopted_unless_a_read_does_not_end(
 
 def test_get_many_survives_several_growths(open_store, in_thread):
     values = {b"%d" % n: Waits(n) for n in range(1000)}
-    with open_store("source", map_size=2**16) as store:
-        store.put_many(values)
-        Waits.arrived, Waits.leave = threading.Event(), threading.Event()
-        reader = in_thread(lambda: store.get_many(values))
-        assert Waits.arrived.wait(PATIENCE)
-        for size in (2**20, 2**28):
-            store.max_map_size = size
-            store.put_many({b"grow": bytes(size // 4)})
-        Waits.leave.set()
-        found, not_found = reader.result()
+    store = open_store(map_size=2**16, sync=False)
+    store.put_many(values)
+    Waits.arrived, Waits.leave = threading.Event(), threading.Event()
+    reader = in_thread(lambda: store.get_many(values))
+    assert Waits.arrived.wait(PATIENCE)
+    for _ in range(2):
+        size = store.env.info()["map_size"]
+        store.put_many({b"grow": bytes(size)})
+        assert store.env.info()["map_size"] > size
+    Waits.leave.set()
+    found, not_found = reader.result()
     assert not_found == []
-    assert {key: value.number for key, value in found.items()} == {
-        key: value.number for key, value in values.items()
-    }
+    assert [found[key].number for key in values] == list(range(1000))
 
 
 class Waits:
@@ -231,6 +230,25 @@ def test_a_map_that_others_have_filled_to_the_brim_says_so(open_store):
     store.max_map_size = 2**19
     store.flush()
     assert b"0001" not in store
+
+
+def test_a_put_is_refused_if_the_store_closes_just_before_it_is_buffered(open_store):
+    store = open_store(batch_bytes=300)
+    store.put(b"k", bytes(150))
+
+    def handler(frame, event, _):  # like one for a signal, at a chosen moment
+        if event == "return" and frame.f_code.co_name == "_size":
+            sys.setprofile(None)
+            store.close()
+
+    sys.setprofile(handler)
+    try:
+        with pytest.raises(ClosedError):  # it takes a closer look at the size
+            store.put(b"k", b"x" * 150)
+    finally:
+        sys.setprofile(None)
+    assert store.closed
+    assert open_store().get(b"k") == bytes(150)
 
 
 class ClosesItsStore:

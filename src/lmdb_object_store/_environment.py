@@ -728,13 +728,9 @@ class SharedEnvironment(Gate):
 
     def abandon(self) -> None:
         """Close for a handle that was garbage-collected without being closed."""
-        if self.closed:
-            return
-        try:
+        if not self.closed:
             self.close()
-        except Exception as error:
-            self._log_loss("Close after garbage collection", error)
-        self._warn_unclosed()
+            self._warn_unclosed()
 
     def flush_at_exit(self) -> None:
         """Flush, and write through from now on: the process is about to end.

@@ -138,16 +138,17 @@ class Gate:
     def alone(self, timeout: float, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` when no thread is in the gate and all pins are detached.
 
-        The caller holds the write lock, and so is the only one here.
+        The caller holds the write lock, and so is the only one here, and its thread
+        is not in the gate.
 
         Raises
         ------
         BusyError
-            A read (on this thread: at once) did not leave within `timeout` seconds.
+            A read did not leave within `timeout` seconds.
         """
         me = get_ident()
         deadline = time.monotonic() + timeout
-        while not self.readers.get(me):
+        while True:
             with self._bar:
                 try:
                     self.barred = me
@@ -164,9 +165,10 @@ class Gate:
                 finally:
                     pass
             if time.monotonic() > deadline:
-                break
+                raise BusyError(
+                    "A read in progress does not end, so the map can't be moved."
+                )
             time.sleep(_SLICE)  # a reader is stuck: let the others read
-        raise BusyError("A read in progress does not end, so the map can't be moved.")
 
     def _drained(self) -> bool:
         deadline = time.monotonic() + _SLICE
