@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from ._gate import Gate
+from ._gate import Gate, under
 from ._keys import describe
 from ._process import let_go, unregister
 from ._reading import LARGE, LargeValue, ManyValues, is_blob, load
@@ -258,14 +258,15 @@ class SharedEnvironment(Gate):
     ) -> tuple[dict[bytes, Any], ManyValues]:
         # A put waits for the buffer lock, and a flush takes nothing out of the
         # buffer without it: what is pending and the transaction show one moment.
-        with self.buffer_lock:
-            try:
-                pending = _pick(self.buffer, keys)
-                views = self.large_seen
-                txn = begin(None, None, False, views)
-                return pending, ManyValues(self, txn, keys, views)
-            finally:  # see Gate
-                pass
+        return under(self.buffer_lock, self._begin_at_once, begin, keys)
+
+    def _begin_at_once(
+        self, begin: Callable[..., lmdb.Transaction[Any]], keys: list[bytes]
+    ) -> tuple[dict[bytes, Any], ManyValues]:
+        pending = _pick(self.buffer, keys)
+        views = self.large_seen
+        txn = begin(None, None, False, views)
+        return pending, ManyValues(self, txn, keys, views)
 
     def _repairing(
         self,
@@ -441,8 +442,7 @@ class SharedEnvironment(Gate):
 
     def _settle(self, pending: Batch, committed: Batch) -> None:
         """Take out of the buffer what was `pending` when `committed` began."""
-        with self.buffer_lock:
-            self._take_out(pending, committed)
+        under(self.buffer_lock, self._take_out, pending, committed)
 
     def _take_out(self, pending: Batch, committed: Batch) -> None:
         # Between comparing and taking out there is no call and no allocation: a
@@ -654,22 +654,28 @@ class SharedEnvironment(Gate):
             )
         news: list[tuple[Any, ...]] = []
         try:
-            with self.write_lock:
-                try:  # as in Gate
-                    self.writer = get_ident()
-                    try:
-                        return action(*args)
-                    finally:
-                        try:
-                            self.writer = None
-                            news, self._to_log = self._to_log, news
-                        finally:
-                            pass
-                finally:
-                    pass
+            result: _R = under(self.write_lock, self._as_writer, news, action, args)
+            return result
         finally:
             for line in news:  # a logging handler is user code: it may wait for us
                 log.log(*line)
+
+    def _as_writer(
+        self,
+        news: list[tuple[Any, ...]],
+        action: Callable[..., _R],
+        args: tuple[Any, ...],
+    ) -> _R:
+        self.writer = get_ident()
+        try:
+            return action(*args)
+        finally:
+            try:
+                self.writer = None
+                news += self._to_log
+                self._to_log = []
+            finally:
+                pass
 
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""

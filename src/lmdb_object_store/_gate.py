@@ -31,6 +31,29 @@ _SLICE = 0.05
 """Seconds for which readers are kept out while one of them does not leave."""
 
 
+def under(
+    lock: RLock,
+    action: Callable[..., _R],
+    *args: Any,
+) -> _R:
+    """Call `action` under a lock.
+
+    No exception crosses the ``with``, where a signal could make 3.10 skip its end.
+    """
+    failure = None
+    with lock:
+        try:
+            result = action(*args)
+        except BaseException as error:
+            failure = error
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # it refers to this frame
+    return result
+
+
 class Pin(ABC):
     """A read that spans several passages of the gate. Weakly known to the gate."""
 
@@ -64,10 +87,9 @@ class Gate:
     CPython 3.10 delivers signals also at conditional jumps, and when an exception
     arrives at a handler, before the handler's first instruction (``__exit__`` of a
     ``with`` included) unless that is the start of a ``try``. Hence the ``try:`` at
-    the start of each ``finally:`` that must run, and an empty ``finally:`` inside
-    each ``with`` that must end: it takes the signal. In 3.13 a signal at the end of
-    a loop's ``if`` escapes the ``with`` or ``try`` around it: such loops have
-    functions of their own.
+    the start of each ``finally:`` that must run; for locks see `under`. In 3.13 a
+    signal at the end of a loop's ``if`` escapes the ``with`` or ``try`` around it:
+    such loops have functions of their own.
     """
 
     def __init__(self) -> None:
@@ -146,29 +168,32 @@ class Gate:
         BusyError
             A read did not leave within `timeout` seconds.
         """
-        me = get_ident()
         deadline = time.monotonic() + timeout
-        while True:
-            with self._bar:
-                try:
-                    self.barred = me
-                    try:
-                        if self._drained():
-                            for pin in self.pins():
-                                pin.detach()
-                            return action(*args)
-                    finally:
-                        try:
-                            self.barred = None
-                        finally:
-                            pass
-                finally:
-                    pass
+        results: list[_R] = []
+        while not under(self._bar, self._try_alone, results, action, args):
             if time.monotonic() > deadline:
                 raise BusyError(
                     "A read in progress does not end, so the map can't be moved."
                 )
             time.sleep(_SLICE)  # a reader is stuck: let the others read
+        return results[0]
+
+    def _try_alone(
+        self, results: list[_R], action: Callable[..., _R], args: tuple[Any, ...]
+    ) -> bool:
+        self.barred = get_ident()
+        try:
+            if not self._drained():
+                return False
+            for pin in self.pins():
+                pin.detach()
+            results.append(action(*args))
+            return True
+        finally:
+            try:
+                self.barred = None
+            finally:
+                pass
 
     def _drained(self) -> bool:
         deadline = time.monotonic() + _SLICE
