@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import Any, TypeVar
 
 import lmdb
@@ -19,6 +19,7 @@ from conftest import PATIENCE
 
 _T = TypeVar("_T")
 _LIBRARY = os.path.dirname(lmdb_object_store.__file__)
+_ROUNDS = 2
 _TOOL = 4  # of sys.monitoring; coverage.py and debuggers have other numbers
 
 
@@ -86,50 +87,58 @@ def every_step(
 ) -> Iterator[tuple[_T, Any]]:
     """Do ``action(prepare())`` with a SIGINT at each of its bytecodes in turn.
 
-    Only bytecodes of the library count. CPython runs the signal handler where it
-    next looks for signals, as it would for one from outside. Yields what was
-    prepared and the result of `action`, or its exception, until `action` ends
-    before the signal. For the main thread.
+    Only bytecodes of the library count, the first `_ROUNDS` times that they run.
+    CPython runs the signal handler where it next looks for signals, as it would
+    for one from outside. Yields what was prepared and the result of `action`, or
+    its exception, until `action` ends before the signal. For the main thread.
     """
-    for step in count(1):
+    tried: set[tuple[Any, int, int]] = set()
+    reached = True
+    while reached:
         subject = prepare()
-        # No finalizer of something else is to run in between.
-        gc.disable()
+        gc.disable()  # no finalizer of something else is to run in between
         try:
-            reached, result = _with_signal(step, lambda: action(subject))  # noqa: B023
+            reached, result = _with_signal(tried, lambda: action(subject))  # noqa: B023
         finally:
             gc.enable()
         yield subject, result
-        if not reached:
-            return
 
 
-def _with_signal(step: int, action: Callable[[], Any]) -> tuple[bool, Any]:
+def _with_signal(
+    tried: set[tuple[Any, int, int]], action: Callable[[], Any]
+) -> tuple[bool, Any]:
+    """Call `action` with a signal where none has been tried."""
     trip = _Trip(signal.SIGINT)
-    steps = 0
+    reached = False
+    rounds: Counter[tuple[Any, int]] = Counter()
+
+    def is_new(code: Any, offset: int) -> bool:
+        nonlocal reached
+        rounds[code, offset] += 1
+        moment = (code, offset, rounds[code, offset])
+        if moment in tried or moment[2] > _ROUNDS:
+            return False
+        tried.add(moment)
+        reached = True
+        return True
 
     # The hooks trip the signal as the last thing that they do themselves: after
     # the return from a call CPython may look for signals.
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal steps
         if event == "call":
             if not frame.f_code.co_filename.startswith(_LIBRARY):
                 return None
             frame.f_trace_opcodes = True
-        elif event == "opcode":
-            steps += 1
-            if steps == step:
-                sys.settrace(None)
-                trip.now  # noqa: B018
+        elif event == "opcode" and is_new(frame.f_code, frame.f_lasti):
+            sys.settrace(None)
+            trip.now  # noqa: B018
         return trace
 
     def instruction(code: Any, offset: int) -> Any:
-        nonlocal steps
         if not code.co_filename.startswith(_LIBRARY):
             return sys.monitoring.DISABLE
-        steps += 1
-        if steps == step:
+        if is_new(code, offset):
             sys.monitoring.set_events(_TOOL, 0)
             trip.now  # noqa: B018
         return None
@@ -156,4 +165,4 @@ def _with_signal(step: int, action: Callable[[], Any]) -> tuple[bool, Any]:
             sys.monitoring.free_tool_id(_TOOL)
         else:
             sys.settrace(before)
-    return steps >= step, result
+    return reached, result

@@ -31,11 +31,7 @@ _SLICE = 0.05
 """Seconds for which readers are kept out while one of them does not leave."""
 
 
-def under(
-    lock: RLock,
-    action: Callable[..., _R],
-    *args: Any,
-) -> _R:
+def under(lock: RLock, action: Callable[..., _R], *args: Any) -> _R:
     """Call `action` under a lock.
 
     No exception crosses the ``with``, where a signal could make 3.10 skip its end.

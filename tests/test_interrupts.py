@@ -1,0 +1,272 @@
+"""Ctrl-C at any moment: a KeyboardInterrupt leaves nothing half done or locked."""
+
+import gc
+import shutil
+import threading
+from itertools import count
+
+import pytest
+
+from conftest import PATIENCE
+from lmdb_object_store import GrowthError, LmdbObjectStore
+from moments import every_step
+
+LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
+
+
+class Bad:
+    """It can be pickled, but not unpickled."""
+
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise ValueError("not this one")
+
+
+class Slow:
+    """Unpickling it waits for `go_on`."""
+
+    started = threading.Event()
+    go_on = threading.Event()
+
+    def __setstate__(self, state):
+        Slow.started.set()
+        assert Slow.go_on.wait(PATIENCE)
+
+    def __getstate__(self):
+        return True  # or it would not be called
+
+
+@pytest.fixture
+def open_filled(open_store):
+    numbers = count()
+
+    def open_filled():
+        store = open_store(
+            f"db {next(numbers)}",
+            key_encoding="utf-8",
+            autoflush_on_read=False,
+            map_size=2**19,
+            growth_timeout=0,
+            sync=False,
+        )
+        return fill(store)
+
+    return open_filled
+
+
+def fill(store):
+    """Bring the store to where the operations below start from."""
+    store.batch_size = 1000
+    store.max_map_size = 2**20
+    stored = {f"batch {number}": "old" for number in range(3)}
+    store.put_many({"a": 1, "put": "old", "large": LARGE, "bad": Bad(), **stored})
+    assert store["large"] == LARGE
+    store["pending"] = 2
+    store["bad pending"] = Bad()
+    return store
+
+
+def check(store):
+    """Whole or absent; what had been accepted is there."""
+    assert store.get("a") in (1, None)
+    assert store["put"] in ("old", "new")
+    assert store["pending"] == 2
+    assert store["large"] == LARGE
+    found, _ = store.get_many([f"batch {number}" for number in range(3)])
+    [_] = set(found.values())
+
+
+def check_locks(store):
+    """Nobody is locked out. To be called in another thread."""
+    store["other"] = 3
+    store.flush()
+    assert store["other"] == 3
+
+
+def grow_at_once(store):
+    """Nobody is counted as a reader who is none. To be called in another thread."""
+    size = store.env.info()["map_size"]
+    store.max_map_size = 4 * size
+    store.put_many({"growth": bytes(size)})
+    assert store.env.info()["map_size"] > size
+
+
+# Every operation, interrupted at every bytecode
+
+
+def get(store):
+    assert (store["a"], store.get("missing")) == (1, None)
+
+
+def get_large(store):
+    assert store["large"] == LARGE
+
+
+def get_many(store):
+    found, missing = store.get_many(["a", "pending", "large", "x"], decode_keys=True)
+    assert found == {"a": 1, "pending": 2, "large": LARGE}
+    assert missing == ["x"]
+
+
+def look(store):
+    assert "a" in store
+    assert store.exists("a")
+
+
+def fail_to_get(store):
+    with pytest.raises(RuntimeError, match="Failed to unpickle"):
+        store["bad"]
+
+
+def fail_to_get_pending(store):
+    with pytest.raises(RuntimeError, match="Failed to unpickle"):
+        store["bad pending"]
+
+
+def fail_to_get_many(store):
+    with pytest.raises(RuntimeError, match="Failed to unpickle"):
+        store.get_many(["a", "bad"])
+
+
+def fail_to_put(store):
+    with pytest.raises(ValueError, match="not this one"):
+        store["put"] = Unpicklable()
+
+
+READS = [
+    *(get, get_large, get_many, look),
+    *(fail_to_get, fail_to_get_pending, fail_to_get_many, fail_to_put),
+]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_read_may_be_interrupted_at_every_moment(open_filled, in_thread, read):
+    store = open_filled()
+    interrupted = 0
+    for _, result in every_step(lambda: store, read):
+        assert isinstance(result, KeyboardInterrupt | None)
+        interrupted += result is not None
+    assert interrupted > 20
+    check(store)
+    in_thread(lambda: check_locks(store)).result()
+    in_thread(lambda: grow_at_once(store)).result()
+    store.close()
+
+
+def put(store):
+    store["put"] = "new"
+
+
+def put_a_batch(store):
+    store.batch_size = 1
+    store["put"] = "new"
+
+
+def put_many(store):
+    store.put_many({f"batch {number}": "new" for number in range(3)})
+
+
+def delete(store):
+    store.delete("a")
+
+
+def delete_item(store):
+    del store["a"]
+
+
+def flush(store):
+    store["put"] = "new"
+    store.flush()
+
+
+def be_refused(store):
+    # The deletion goes through by itself.
+    store.max_map_size = store.env.info()["map_size"]
+    store.delete("a")
+    with pytest.raises(GrowthError):
+        store.put_many({f"batch {number}": LARGE for number in range(3)})
+
+
+WRITES = [put, put_a_batch, put_many, delete, delete_item, flush, be_refused]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_may_be_interrupted_at_every_moment(open_filled, in_thread, write):
+    store = open_filled()
+    interrupted = 0
+    for _, result in every_step(lambda: fill(store), write):
+        # The exception lives on, and with it the frames of its traceback.
+        assert isinstance(result, KeyboardInterrupt | None)
+        interrupted += result is not None
+        check(store)
+        in_thread(lambda: check_locks(store)).result()
+    assert interrupted > 50
+    in_thread(lambda: grow_at_once(store)).result()
+    store.close()
+
+
+def test_growth_may_be_interrupted_at_every_moment(open_filled, in_thread):
+    keys = [f"key {number}" for number in range(100)]
+    interrupted = 0
+
+    def prepare():
+        store = open_filled()
+        store.put_many({"slow": Slow(), **dict.fromkeys(keys, 1)})
+        Slow.started.clear()
+        Slow.go_on.clear()
+        reader = in_thread(lambda: store.get_many(["slow", *keys, "large"]))
+        assert Slow.started.wait(PATIENCE)
+        return store, reader
+
+    def grow(subject):
+        subject[0].put_many({f"batch {number}": LARGE for number in range(3)})
+
+    for (store, reader), result in every_step(prepare, grow):
+        assert isinstance(result, KeyboardInterrupt | None)
+        interrupted += result is not None
+        Slow.go_on.set()
+        found, missing = reader.result()
+        assert (len(found), missing) == (len(keys) + 2, [])
+        check(store)
+        in_thread(lambda: grow_at_once(store)).result()  # noqa: B023
+        store.close()
+        shutil.rmtree(store.db_path)  # many of them would fill the disk
+    assert interrupted > 100
+
+
+def test_close_may_be_interrupted_at_every_moment(open_filled):
+    interrupted = 0
+    for store, result in every_step(open_filled, LmdbObjectStore.close):
+        assert isinstance(result, KeyboardInterrupt | None)
+        interrupted += result is not None
+        store.close()
+        assert store.closed
+        with LmdbObjectStore(store.db_path, key_encoding="utf-8") as reopened:
+            check(reopened)
+        shutil.rmtree(store.db_path)
+    assert interrupted > 100
+
+
+@pytest.mark.filterwarnings("ignore:.* was not closed:ResourceWarning")
+def test_opening_may_be_interrupted_at_every_moment(tmp_path):
+    numbers = count()
+
+    def prepare():
+        return tmp_path / str(next(numbers))
+
+    interrupted = 0
+    for path, result in every_step(prepare, LmdbObjectStore):
+        if isinstance(result, KeyboardInterrupt):
+            interrupted += 1
+            result.__traceback__ = None
+        else:
+            result.close()
+        gc.collect()
+        with LmdbObjectStore(path) as store:  # refused if the file is still open
+            store[b"a"] = 1
+        shutil.rmtree(path)
+    assert interrupted > 50
