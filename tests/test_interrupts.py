@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+import sys
 import threading
 from itertools import count
 
@@ -270,3 +272,86 @@ def test_opening_may_be_interrupted_at_every_moment(tmp_path):
             store[b"a"] = 1
         shutil.rmtree(path)
     assert interrupted > 50
+
+
+# All operations, in a storm of interrupts
+
+STORM = """
+import random, signal, sys, threading, time
+from _thread import interrupt_main
+from lmdb_object_store import LmdbObjectStore
+
+LARGE = [random.randbytes(100) for _ in range(3000)]
+budget = hits = 0
+
+
+def handler(*_):
+    global budget, hits
+    if budget:
+        budget -= 1
+        hits += 1
+        raise KeyboardInterrupt
+
+
+def fire():
+    while not over.wait(random.random() / 2000):
+        interrupt_main()
+
+
+def one_moment(store):
+    batch, _ = store.get_many([b"batch %d" % n for n in range(30)])
+    assert len(batch) in (0, 30) and len(set(batch.values())) <= 1, batch
+
+
+store = LmdbObjectStore(sys.argv[1], 20, map_size=2**16, sync=False)
+store.put_many({b"large": LARGE, b"blob": bytes(2**18)})
+operations = [
+    lambda i: store.put(b"key %d" % (i % 50), i),
+    lambda i: store.put_many({b"batch %d" % n: i for n in range(30)}),
+    lambda i: store.put_many({b"growing": bytes(i)}),
+    lambda i: store.get(b"key %d" % (i % 50)),
+    lambda i: [store.get(b"large"), store.get(b"blob")],
+    lambda i: store.get_many([b"large", *(b"key %d" % n for n in range(50))]),
+    lambda i: [b"key 1" in store, store.exists(b"key 2", flush=True)],
+    lambda i: store.delete(b"key %d" % (i % 50)),
+    lambda i: store.flush(),
+]
+signal.signal(signal.SIGINT, handler)
+over = threading.Event()
+firing = threading.Thread(target=fire)
+firing.start()
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    for operation in operations:
+        try:
+            try:
+                budget = 2  # the second one can hit what the first one unwinds
+                operation(random.randrange(10**6))
+                budget = 0
+            except KeyboardInterrupt:
+                pass
+        except KeyboardInterrupt:
+            pass
+        budget = 0
+    one_moment(store)
+over.set()
+firing.join()
+others = threading.Thread(target=store.put_many, args=({b"more": bytes(2**27)},))
+others.start()  # this grows the map, for which nobody may be in the way
+others.join(20)
+assert not others.is_alive() and store[b"large"] == LARGE
+store[b"last"] = 1
+store.close(strict=True)
+print(hits)
+"""
+
+
+def test_a_storm_leaves_the_store_whole_and_closable(tmp_path):
+    path = str(tmp_path / "db")
+    run = [sys.executable, "-c", STORM, path]
+    printed = subprocess.run(run, check=True, timeout=60, stdout=subprocess.PIPE).stdout
+    assert int(printed) > 100
+    with LmdbObjectStore(path) as store:
+        assert store[b"last"] == 1
+    verify = [sys.executable, "-m", "lmdb", "verify", path]
+    subprocess.run(verify, check=True, timeout=60)
