@@ -180,10 +180,12 @@ def test_a_map_grown_elsewhere_is_adopted_unless_a_read_does_not_end(
     assert store.get(b"k") == 1
 
 
-def test_get_many_survives_several_growths(open_store, in_thread):
-    values = {b"%d" % n: Waits(n) for n in range(1000)}
+@pytest.mark.parametrize("ballast", [b"", [LARGE]], ids=["small", "large"])
+def test_get_many_survives_several_growths(open_store, in_thread, ballast):
+    values = {b"%d" % n: Waits(n, ballast if n > 990 else b"") for n in range(1000)}
     store = open_store(map_size=2**16, sync=False)
     store.put_many(values)
+    store.get(b"999")  # from now on large values are expected, and read in pieces
     Waits.arrived, Waits.leave = threading.Event(), threading.Event()
     reader = in_thread(lambda: store.get_many(values))
     assert Waits.arrived.wait(PATIENCE)
@@ -195,13 +197,16 @@ def test_get_many_survives_several_growths(open_store, in_thread):
     found, not_found = reader.result()
     assert not_found == []
     assert [found[key].number for key in values] == list(range(1000))
+    assert found[b"999"].ballast == ballast
 
 
 class Waits:
     arrived = leave = threading.Event()
+    leave.set()
 
-    def __init__(self, number):
+    def __init__(self, number, ballast):
         self.number = number
+        self.ballast = ballast
 
     def __setstate__(self, state):
         self.__dict__.update(state)
