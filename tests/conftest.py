@@ -33,6 +33,15 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, An
     gc.collect()
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Switch threads often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
 class Worker:
     """A thread whose exception or result the test gets back."""
 

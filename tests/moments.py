@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import lmdb
@@ -98,7 +99,7 @@ def every_step(
         subject = prepare()
         gc.disable()  # no finalizer of something else is to run in between
         try:
-            reached, result = _with_signal(tried, lambda: action(subject))  # noqa: B023
+            reached, result = _with_signal(tried, partial(action, subject))
         finally:
             gc.enable()
         yield subject, result

@@ -23,15 +23,6 @@ AT_ONCE = {"map_size": SMALL_MAP, "growth_timeout": 0}
 
 
 @pytest.fixture
-def hasty():
-    """Switch threads often."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(interval)
-
-
-@pytest.fixture
 def growths(caplog):
     """Return the growths that were logged so far, as pairs of sizes."""
     caplog.set_level(logging.INFO, "lmdb_object_store")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from itertools import count
 
 import pytest
@@ -234,7 +235,7 @@ def test_growth_may_be_interrupted_at_every_moment(open_filled, in_thread):
         found, missing = reader.result()
         assert (len(found), missing) == (len(keys) + 2, [])
         check(store)
-        in_thread(lambda: grow_at_once(store)).result()  # noqa: B023
+        in_thread(partial(grow_at_once, store)).result()
         store.close()
         shutil.rmtree(store.db_path)  # many of them would fill the disk
     assert interrupted > 100

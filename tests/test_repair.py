@@ -116,10 +116,10 @@ def test_growth_fails_while_the_user_writes_and_works_afterwards(open_store, in_
     store = open_store(map_size=2**16)
     store[b"k"] = 1
     store.flush()
+    store[b"large"] = LARGE
     # A write transaction of the user's on another thread, begun between the
     # attempt to write and the growth of the map.
-    flush = lambda: (store.put(b"large", LARGE), store.flush())  # noqa: E731
-    with Parked(in_thread, "set_mapsize", flush) as writer:
+    with Parked(in_thread, "set_mapsize", store.flush) as writer:
         with store.env.begin(write=True):
             writer.leave()
             with pytest.raises(GrowthError, match="write transaction"):
@@ -131,7 +131,7 @@ def test_growth_fails_while_the_user_writes_and_works_afterwards(open_store, in_
 
 def test_a_value_that_lmdb_cannot_store_is_refused(open_store, monkeypatch):
     store = open_store()
-    # The real limit, 4 GiB, would take 8 GiB of memory to reach.
+    # Private, but the real limit, 4 GiB, would take 8 GiB of memory to reach.
     monkeypatch.setattr(store._env, "max_value", 1000)  # noqa: SLF001
     for write in (store.put, lambda key, value: store.put_many([(key, value)])):
         with pytest.raises(SizeError, match="below 4 GiB"):

@@ -17,15 +17,6 @@ from moments import Parked, is_method
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
 
-@pytest.fixture
-def hasty():
-    """Switch threads often."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-
-
 class Slow:
     """Unpickling it waits for `go_on`."""
 
@@ -352,9 +343,9 @@ def test_del_of_a_key_that_is_always_there_never_fails(open_store, in_thread, ha
         def delete():
             del store[b"key"]
 
-        def overwrite():
+        def overwrite(number=number):
             store[b"key"] = "new"
-            store[b"%d" % number] = number  # noqa: B023
+            store[b"%d" % number] = number
 
         run_all(in_thread, delete, overwrite, store.flush)
         assert store.get(b"key", "gone") in ("new", "gone")

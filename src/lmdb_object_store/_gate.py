@@ -196,5 +196,6 @@ class Gate:
         while True in self.readers.values():
             if time.monotonic() > deadline:
                 return False
+            # Not a Condition: an interrupt can leave that one's lock held.
             time.sleep(0.0001)
         return True
