@@ -24,7 +24,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from math import inf
 from pickle import loads
 from threading import RLock, get_ident
@@ -33,16 +34,22 @@ from typing import Any, TypeVar
 import lmdb
 
 from ._gate import Gate, under
-from ._keys import describe
 from ._process import let_go, unregister
-from ._reading import LARGE, LargeValue, ManyValues, is_blob, load
+from ._ranges import CHUNK_BYTES, KeyRange, Scan, Tally, adjustment
+from ._reading import (
+    LARGE,
+    LargeValue,
+    ManyValues,
+    is_blob,
+    load,
+    unpickle_error,
+)
 from .exceptions import (
     BusyError,
     ClosedError,
     DiskError,
     GrowthError,
     ReadOnlyError,
-    UnpickleError,
 )
 
 log = logging.getLogger("lmdb_object_store")
@@ -58,6 +65,8 @@ _DISK_CODES.add(-30772)  # MDB_SHORT_WRITE of LMDB 1.0
 # ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
 _DISK_CODES |= {39, 112} if os.name == "nt" else set()
 MAX_VALUE = 2**32 - 1  # MAXDATASIZE in LMDB's mdb.c
+_EVERYTHING = 2**60
+"""The entries of a deletion whose number isn't known."""
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
 _READ_FLUSH_PAUSE = 1.0
@@ -120,6 +129,7 @@ class SharedEnvironment(Gate):
         # Guarded by the buffer lock.
         self.buffer: Batch = {}
         self.buffer_bytes = 0  # of keys and values, overwritten ones included
+        self.settled = 0  # counts the times that it gave up keys
         self.may_buffer = not self.readonly  # a put may just buffer
         self.closing = False
         self.exiting = False
@@ -212,7 +222,7 @@ class SharedEnvironment(Gate):
             try:
                 return loads(raw) if type(raw) is bytes else raw.load()
             except Exception as error:
-                raise _unpickle_error(key, "DB", error) from error
+                raise unpickle_error(key, False, error) from error
         finally:
             try:
                 if outer is None:
@@ -228,7 +238,7 @@ class SharedEnvironment(Gate):
         return self.outside_gate(self._read_many, keys)
 
     def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
-        pending, stored = self._repairing(self.repair, self._begin_many, keys)
+        pending, stored = self.repairing(self.repair, self._begin_many, keys)
         try:
             return self._unpickle_many(pending, stored, len(keys))
         finally:
@@ -249,8 +259,7 @@ class SharedEnvironment(Gate):
                     if raw is not None:
                         found[key] = unpickle(raw)
             except Exception as error:
-                source = "buffered" if key in pending else "DB"
-                raise _unpickle_error(key, source, error) from error
+                raise unpickle_error(key, key in pending, error) from error
         return found
 
     def _begin_many(
@@ -268,7 +277,7 @@ class SharedEnvironment(Gate):
         txn = begin(None, None, False, views)
         return pending, ManyValues(self, txn, keys, views)
 
-    def _repairing(
+    def repairing(
         self,
         repair: Callable[[lmdb.Error, Any], None],
         action: Callable[..., _R],
@@ -282,12 +291,39 @@ class SharedEnvironment(Gate):
             except lmdb.Error as error:
                 repair(error, begin)
 
-    def unpickle_buffered(self, key: bytes, raw: bytes) -> Any:
-        """Return the object of a pending write."""
+    def look_up(self, key: bytes) -> tuple[bytes | None, bool]:
+        """Return what is stored under `key`, if anything, and whether it is pending."""
+        pending = self.buffer.get(key, ABSENT)
+        if pending is not ABSENT:
+            return pending, True
+        return self.repairing(self.repair, lambda begin: begin().get(key)), False
+
+    def unpickle(self, key: bytes, raw: bytes, buffered: bool = True) -> Any:
+        """Return the object of a pending write, or of what `look_up` returned."""
         try:
             return self.outside_gate(loads, raw)
         except Exception as error:
-            raise _unpickle_error(key, "buffered", error) from error
+            raise unpickle_error(key, buffered, error) from error
+
+    def last_key(self) -> bytes | None:
+        """Return the last key of all."""
+        return next(Scan(self, KeyRange(), reverse=True, values=False).keys(), None)
+
+    def count(self, keys: KeyRange) -> int:
+        """Return how many entries a key range has, at one moment."""
+        if self.buffer or keys != KeyRange():
+            return Tally(self, keys).result()
+        entries: int = self.repairing(
+            self.repair, lambda begin: begin().stat()["entries"]
+        )
+        return entries
+
+    def has_large_values(self) -> bool:
+        """Whether the values that don't fit in leaves are more than one chunk.
+
+        Call it in the gate.
+        """
+        return self.env.stat()["overflow_pages"] * self._page_size > CHUNK_BYTES
 
     def repair(self, error: lmdb.Error, begin: Any) -> None:
         """Make a read that met `error` possible again, or raise it.
@@ -297,12 +333,12 @@ class SharedEnvironment(Gate):
         an I/O error or a refused growth has put out of action.
         """
         if self.closed:
-            raise self._closed_error() from None
+            raise self.closed_error() from None
         self.as_writer(self._repair, error, begin)
 
     def _repair(self, error: lmdb.Error, begin: Any) -> None:
         if self.closed:
-            raise self._closed_error() from None
+            raise self.closed_error() from None
         if begin is not self._begin:
             return  # another thread was faster
         if isinstance(error, lmdb.MapResizedError):
@@ -353,26 +389,149 @@ class SharedEnvironment(Gate):
                     return
         self.as_writer(self._flush, {key: raw})
 
-    def remove(self, key: bytes, batch_size: int) -> bool:
-        """Delete an entry that must exist; return whether it did."""
-        return self.as_writer(self._remove, key, batch_size)
+    def exchange(
+        self,
+        key: bytes,
+        expected: Callable[[Any], bool],
+        raw: bytes | None,
+        batch_size: int,
+        batch_bytes: int,
+    ) -> bool:
+        """Buffer a write if `expected` says so of what is there; return whether.
 
-    def _remove(self, key: bytes, batch_size: int) -> bool:
+        It gets bytes, a view of the map, or None, and must not run user code.
+        Looking and writing are one step for all threads.
+        """
+        return self.as_writer(
+            self._exchange, key, expected, raw, batch_size, batch_bytes
+        )
+
+    def _exchange(
+        self,
+        key: bytes,
+        expected: Callable[[Any], bool],
+        raw: bytes | None,
+        batch_size: int,
+        batch_bytes: int,
+    ) -> bool:
         self.check_writable()
-        pending = self.buffer.get(key, ABSENT)
-        if pending is ABSENT:
-            pending = self._repairing(
-                self._repair, lambda begin: begin(None, None, False, True).get(key)
-            )
-        if pending is None:
+        while True:
+            # Only a put can come between now and the swap: we are the writer.
+            pending = self.buffer.get(key, ABSENT)
+            if pending is not ABSENT:
+                if not expected(pending):
+                    return False
+            elif not self.repairing(self._repair, self._look_and, expected, key):
+                return False
+            size = len(key) + len(raw or b"")
+            if (
+                len(self.buffer) + (key not in self.buffer) < batch_size
+                and self.buffer_bytes + size < batch_bytes
+                and not self.exiting
+            ):
+                if under(self.buffer_lock, self._swap, key, pending, raw, size):
+                    return True
+                continue
+            batch = dict(self.buffer)
+            if batch.get(key, ABSENT) is pending:
+                self._flush({key: raw}, batch)
+                return True
+
+    @staticmethod
+    def _look_and(
+        begin: Callable[..., lmdb.Transaction[memoryview]],
+        expected: Callable[[Any], bool],
+        key: bytes,
+    ) -> bool:
+        txn = begin(None, None, False, True)
+        return expected(txn.get(key))
+
+    def _swap(self, key: bytes, pending: Any, raw: bytes | None, size: int) -> bool:
+        # No call from the comparison to the end: see put.
+        buffer = self.buffer
+        if key in buffer:
+            if buffer[key] is not pending:
+                return False
+        elif pending is not ABSENT:
             return False
-        if len(self.buffer) + 1 >= batch_size or self.exiting:
-            self._flush({key: None})
-            return True
-        with self.buffer_lock:
-            self.buffer[key] = None
-            self.buffer_bytes += len(key)
+        buffer[key] = raw
+        self.buffer_bytes += size
         return True
+
+    def remove_last(
+        self,
+        key: bytes,
+        expected: Callable[[Any], bool],
+        batch_size: int,
+        batch_bytes: int,
+    ) -> bool:
+        """Delete an entry as `exchange` does, if none comes after it."""
+        return self.as_writer(self._remove_last, key, expected, batch_size, batch_bytes)
+
+    def _remove_last(
+        self,
+        key: bytes,
+        expected: Callable[[Any], bool],
+        batch_size: int,
+        batch_bytes: int,
+    ) -> bool:
+        later = Scan(self, KeyRange().beyond(key, False), reverse=True, values=False)
+        while later.more:
+            if later.chunk(self._repair):
+                return False
+        return self._exchange(key, expected, None, batch_size, batch_bytes)
+
+    def delete_many(self, keys: Collection[bytes]) -> int:
+        """Delete `keys` in one transaction; return how many existed."""
+        work = partial(_delete, keys=sorted(keys))
+        return self.as_writer(self._erase, work, keys.__contains__, len(keys))
+
+    def delete_range(self, keys: KeyRange) -> int:
+        """Delete a key range in one transaction; return how many existed."""
+        work = partial(self._delete_range, keys)
+        return self.as_writer(self._erase, work, keys.holds, _EVERYTHING)
+
+    def _erase(
+        self,
+        work: Callable[[lmdb.Transaction[Any]], int],
+        covers: Callable[[bytes], bool],
+        count: int,
+    ) -> int:
+        self.check_writable()
+        try:
+            self._flush()  # as in `_write_many`
+        except (GrowthError, DiskError):
+            # There is no room for what is pending, so some of it has to go, too.
+            # With the database, at one moment for all: no read comes between.
+            return self.alone(
+                self.growth_timeout, self._erase_pending, work, covers, count
+            )
+        return self._write(work, {}, count)
+
+    def _erase_pending(
+        self,
+        work: Callable[[lmdb.Transaction[Any]], int],
+        covers: Callable[[bytes], bool],
+        count: int,
+    ) -> int:
+        pending = dict(self.buffer)
+        erased = {key: pending[key] for key in filter(covers, pending)}
+        existed = self._write(
+            lambda txn: adjustment(txn, erased) + work(txn), {}, count
+        )
+        self._settle(pending, erased)
+        return existed
+
+    def _delete_range(self, keys: KeyRange, txn: lmdb.Transaction[Any]) -> int:
+        before: int = txn.stat()["entries"]
+        if keys == KeyRange():
+            txn.drop(self.env.open_db(txn=txn), delete=False)
+            return before
+        cursor = txn.cursor()
+        cursor.set_range(keys.low)
+        while (key := cursor.key()) and keys.holds(key):
+            cursor.delete()  # moves on to the next
+        return before - txn.stat()["entries"]
 
     def write_many(self, batch: Batch) -> None:
         """Flush what is pending, then write `batch` in one transaction."""
@@ -411,12 +570,14 @@ class SharedEnvironment(Gate):
                 exc_info=True,
             )
 
-    def _flush(self, extra: Batch | None = None) -> None:
+    def _flush(self, extra: Batch | None = None, pending: Batch | None = None) -> None:
         """Commit the buffer and `extra`, then empty the buffer.
 
         Puts go on meanwhile: only what is still the same object is taken out.
+        `pending` is a copy of the buffer, if the caller has one.
         """
-        pending = dict(self.buffer)
+        if pending is None:
+            pending = dict(self.buffer)
         batch = {**pending, **extra} if extra else pending
         if not batch:
             return
@@ -451,11 +612,13 @@ class SharedEnvironment(Gate):
         if committed.keys() >= pending.keys() and self.buffer == pending:
             self.buffer = empty
             self.buffer_bytes = 0
+            self.settled += 1
             return
         buffer = self.buffer
         for key, raw in pending.items():
             if key in committed and key in buffer and buffer[key] is raw:
                 del buffer[key]
+                self.settled += 1
         self.buffer_bytes = _size(dict(buffer))
 
     def _commit_deletions(self, keys: list[bytes]) -> None:
@@ -482,16 +645,27 @@ class SharedEnvironment(Gate):
             deletions = [key for key in keys if batch[key] is None]
             keys = [key for key in keys if batch[key] is not None]
         puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
+        self._write(partial(_apply, deletions=deletions, puts=puts), batch, len(batch))
+
+    def _write(
+        self, work: Callable[[lmdb.Transaction[Any]], _R], batch: Batch, count: int
+    ) -> _R:
+        """Do `work` in one transaction, whatever it takes.
+
+        It writes `batch`, or else only deletes; `count` entries in all.
+        """
+        reserve = self._reserve_pages()
+        if not any(batch.values()):
+            reserve = max(8, reserve // 2) if count > 1 else 0
         while True:
             begin = self._begin
             try:
-                if (puts or len(batch) > 1) and self._near_cap(batch):
-                    self._rehearse(begin, deletions, puts)
-                _transact(begin, _apply, deletions, puts)
-                return
+                if reserve and self._near_cap(batch, count):
+                    self._rehearse(begin, work, reserve)
+                return _transact(begin, work)
             except lmdb.MapFullError:
                 if not self._recycle(begin):
-                    self._grow(batch)
+                    self._grow(batch, count)
             except lmdb.Error as error:
                 if getattr(error, "code", 0) in _DISK_CODES:
                     raise DiskError(
@@ -501,41 +675,41 @@ class SharedEnvironment(Gate):
                     ) from error
                 self._repair(error, begin)
 
-    def _near_cap(self, batch: Batch) -> bool:
+    def _near_cap(self, batch: Batch, count: int) -> bool:
         return (
             self.max_map_size is not None
-            and self._needed(batch) + self._reserve_pages() * self._page_size
+            and self._needed(batch, count) + self._reserve_pages() * self._page_size
             > self.max_map_size
         )
 
     def _rehearse(
         self,
         begin: Callable[..., lmdb.Transaction[Any]],
-        deletions: list[bytes],
-        puts: list[tuple[bytes, Any]],
+        work: Callable[[lmdb.Transaction[Any]], Any],
+        reserve: int,
     ) -> None:
-        """Raise `lmdb.MapFullError` if writing this would use up the reserve.
+        """Raise `lmdb.MapFullError` if `work` would use up the reserve.
 
         Deletions may use half of it, a single one all.
         """
         filler = bytes(self._page_size - 64)  # takes a page of its own
-        pages = self._reserve_pages()
-        if not puts:
-            pages = max(8, pages // 2)
-        reserve = [(_spare_key(number), filler) for number in range(pages)]
-        _transact(begin, _apply, deletions, puts + reserve, commit=False)
+        puts = [(_spare_key(number), filler) for number in range(reserve)]
 
-    def _needed(self, batch: Batch) -> int:
-        """Estimate the map size that `batch` needs, rather above than below.
+        def work_and_fill(txn: lmdb.Transaction[Any]) -> None:
+            work(txn)
+            txn.cursor().putmulti(puts)
+
+        _transact(begin, work_and_fill, commit=False)
+
+    def _needed(self, batch: Batch, count: int) -> int:
+        """Estimate the map size that a write needs, rather above than below.
 
         Below would mean to grow twice, and near the cap to use up the reserve.
         """
         page = self._page_size
         stat = self.env.stat()
         # Every page on the way to a key is written anew ...
-        touched = min(
-            len(batch) * stat["depth"], stat["branch_pages"] + stat["leaf_pages"]
-        )
+        touched = min(count * stat["depth"], stat["branch_pages"] + stat["leaf_pages"])
         pages = self.env.info()["last_pgno"] + 1 + touched + 8
         size = 0
         for key, raw in batch.items():
@@ -569,9 +743,9 @@ class SharedEnvironment(Gate):
         cap = self.max_map_size
         return inf if cap is None else cap - cap % self._page_size
 
-    def _grow(self, batch: Batch) -> None:
+    def _grow(self, batch: Batch, count: int) -> None:
         size = self.env.info()["map_size"]
-        wanted = max(2 * size, size + _GROWTH, self._needed(batch))
+        wanted = max(2 * size, size + _GROWTH, self._needed(batch, count))
         wanted = int(min(wanted - wanted % self._page_size, self._cap()))
         if wanted <= size:
             raise GrowthError(
@@ -680,7 +854,7 @@ class SharedEnvironment(Gate):
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""
         if self.closing:
-            raise self._closed_error()
+            raise self.closed_error()
         if self.readonly:
             raise ReadOnlyError(
                 f"The store at {self.path!r} is read-only: it was opened with "
@@ -731,6 +905,9 @@ class SharedEnvironment(Gate):
             self.closed = True
             self.lost = self.buffer
             self.buffer = {}
+            for pin in self.pins():
+                if isinstance(pin, Scan):  # the others go on with their copies
+                    pin.release()
 
     def abandon(self) -> None:
         """Close for a handle that was garbage-collected without being closed."""
@@ -785,7 +962,7 @@ class SharedEnvironment(Gate):
         )
 
     def _refuse(self, *_: object) -> lmdb.Transaction[Any]:
-        raise self._closed_error()
+        raise self.closed_error()
 
     def _log_loss(self, what: str, error: Exception) -> None:
         log.error(
@@ -804,12 +981,8 @@ class SharedEnvironment(Gate):
             stacklevel=2,
         )
 
-    def _closed_error(self) -> ClosedError:
+    def closed_error(self) -> ClosedError:
         return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
-
-
-def _unpickle_error(key: bytes, source: str, error: Exception) -> UnpickleError:
-    return UnpickleError(f"Failed to unpickle {source} key {describe(key)}: {error}")
 
 
 def _pick(batch: Batch, keys: list[bytes]) -> Batch:
@@ -826,16 +999,16 @@ def _size(batch: Batch) -> int:
 
 def _transact(
     begin: Callable[..., lmdb.Transaction[Any]],
-    work: Callable[..., None],
-    *args: Any,
+    work: Callable[[lmdb.Transaction[Any]], _R],
     commit: bool = True,
-) -> None:
-    """Call ``work(txn, *args)`` in a write transaction."""
+) -> _R:
+    """Call ``work(txn)`` in a write transaction."""
     txn = begin(write=True)
     try:
-        work(txn, *args)
+        result = work(txn)
         if commit:
             txn.commit()
+        return result
     finally:
         try:  # as in Gate
             txn.abort()  # does nothing after the commit
@@ -851,6 +1024,10 @@ def _apply(
     for key in deletions:
         txn.delete(key)
     txn.cursor().putmulti(puts)
+
+
+def _delete(txn: lmdb.Transaction[Any], keys: list[bytes]) -> int:
+    return sum(map(txn.delete, keys))
 
 
 def _touch(txn: lmdb.Transaction[Any]) -> None:

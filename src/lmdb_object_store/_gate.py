@@ -156,14 +156,16 @@ class Gate:
     def alone(self, timeout: float, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` when no thread is in the gate and all pins are detached.
 
-        The caller holds the write lock, and so is the only one here, and its thread
-        is not in the gate.
+        The caller holds the write lock, and so is the only one here (perhaps with
+        an outer call), and its thread is not in the gate.
 
         Raises
         ------
         BusyError
             A read did not leave within `timeout` seconds.
         """
+        if self.barred == get_ident():
+            return action(*args)
         deadline = time.monotonic() + timeout
         results: list[_R] = []
         while not under(self._bar, self._try_alone, results, action, args):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .exceptions import SizeError
@@ -50,7 +50,12 @@ class KeyCodec:
         self.encoding = encoding
         self.errors = errors
         self.normalize = normalize
-        self.max_size = 511  # until the environment tells (`use_limit`)
+        self.max_size = 511  # until the environment tells
+        self._plain_utf8 = (
+            encoding is not None
+            and codecs.lookup(encoding).name == "utf-8"
+            and (errors, normalize) == ("strict", None)
+        )
         self.from_str = self._make_from_str()
 
     def _make_from_str(self) -> Callable[[str], bytes]:
@@ -58,11 +63,11 @@ class KeyCodec:
         normalize: Any = self.normalize
         if encoding is None:
             return self._refuse_str
+        if self._plain_utf8:
+            return str.encode
         if normalize is not None:
             to_normal = unicodedata.normalize
             return lambda key: to_normal(normalize, key).encode(encoding, errors)
-        if errors == "strict" and codecs.lookup(encoding).name == "utf-8":
-            return str.encode
         return lambda key: key.encode(encoding, errors)
 
     @staticmethod
@@ -84,17 +89,7 @@ class KeyCodec:
         SizeError
             Empty, or longer than LMDB's limit.
         """
-        if isinstance(key, str):
-            raw = self.from_str(key)
-        elif isinstance(key, (bytes, bytearray, memoryview)):
-            raw = bytes(key)
-        elif key is None:
-            raise TypeError("Key cannot be None.")
-        else:
-            raise TypeError(
-                f"Key must be bytes-like{' or str' if self.encoding else ''}; "
-                f"got {type(key).__name__}"
-            )
+        raw = self.from_str(key) if isinstance(key, str) else self.encode_bound(key)
         if 0 < len(raw) <= self.max_size:
             return raw
         if not raw:
@@ -103,6 +98,45 @@ class KeyCodec:
             f"Key is too long: {describe(raw)} has {len(raw)} bytes, and this "
             f"environment takes {self.max_size} at most. Store a hash of it instead."
         )
+
+    def encode_bound(self, key: object) -> bytes:
+        """Return the bytes of a key or of the bound of a key range, of any length.
+
+        Raises
+        ------
+        TypeError, UnicodeEncodeError
+            As `encode`.
+        """
+        if isinstance(key, str):
+            return self.from_str(key)
+        if isinstance(key, (bytes, bytearray, memoryview)):
+            return bytes(key)
+        if key is None:
+            raise TypeError("Key cannot be None.")
+        raise TypeError(
+            f"Key must be bytes-like{' or str' if self.encoding else ''}; "
+            f"got {type(key).__name__}"
+        )
+
+    def name(self, raw: bytes) -> bytes | str:
+        """Return the key that `encode` turns into `raw`: a text if there is one."""
+        if self.encoding is not None:
+            try:
+                text = self.decode(raw)
+                if self._plain_utf8 or self.from_str(text) == raw:
+                    return text
+            except ValueError:  # no text in that codec
+                pass
+        return raw
+
+    def names(self, raws: Sequence[bytes]) -> list[Any]:
+        """Return the `name` of each of many keys."""
+        if self._plain_utf8:
+            try:
+                return list(map(bytes.decode, raws))
+            except UnicodeDecodeError:
+                pass
+        return list(map(self.name, raws))
 
     def decode(self, raw: bytes) -> str:
         """Return the text of an encoded key.

@@ -8,6 +8,8 @@ from typing import Any
 import lmdb
 
 from ._gate import Gate, Pin
+from ._keys import describe
+from .exceptions import UnpickleError
 
 LARGE = 128 * 2**10
 """Bytes from which a value is unpickled out of the map piece by piece.
@@ -33,6 +35,12 @@ def is_blob(view: memoryview) -> bool:
 def load(raw: bytes | LargeValue) -> Any:
     """Unpickle a value of `ManyValues`."""
     return loads(raw) if isinstance(raw, bytes) else raw.load()
+
+
+def unpickle_error(key: bytes, buffered: bool, error: Exception) -> UnpickleError:
+    """Tell which value can't be unpickled, and where it comes from."""
+    source = "buffered" if buffered else "DB"
+    return UnpickleError(f"Failed to unpickle {source} key {describe(key)}: {error}")
 
 
 class LargeValue(Pin):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from pickle import HIGHEST_PROTOCOL, dumps
 from types import GenericAlias, MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import lmdb
 
 from ._environment import ABSENT, MAX_VALUE, SharedEnvironment, log
 from ._keys import KeyCodec, describe
 from ._process import register
-from .exceptions import GrowthError, LostWritesError, SizeError
+from ._ranges import KeyRange
+from ._views import StoreItemsView, StoreKeysView, StoreValuesView
+from .exceptions import ClosedError, GrowthError, LostWritesError, SizeError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsItems
@@ -32,7 +35,7 @@ else:
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
 
 
-class LmdbObjectStore(Generic[_K, _V]):
+class LmdbObjectStore(MutableMapping[_K, _V]):
     """A thread-safe, dict-like store of Python objects in one LMDB file.
 
     Values are pickled, so never open a file from somebody you don't trust:
@@ -162,7 +165,7 @@ class LmdbObjectStore(Generic[_K, _V]):
             if raw is None:
                 return default
             if raw is not ABSENT:
-                return env.unpickle_buffered(key, raw)
+                return env.unpickle(key, raw)
             if self.autoflush_on_read:
                 env.flush_for_read()
         return env.read(key, default)
@@ -241,11 +244,7 @@ class LmdbObjectStore(Generic[_K, _V]):
         UnpickleError
             One of the values can't be unpickled.
         """
-        if isinstance(keys, (str, bytes, bytearray, memoryview)):
-            raise TypeError(
-                f"get_many() takes an iterable of keys, not a single "
-                f"{type(keys).__name__}; use get(), or put the key in a list."
-            )
+        _refuse_single("get_many", keys)
         codec = self._codec
         if decode_not_found is None:
             decode_not_found = decode_keys
@@ -310,6 +309,109 @@ class LmdbObjectStore(Generic[_K, _V]):
                 return pending is not None
         return env.read(encoded, False, True) is True
 
+    def __len__(self) -> int:
+        """Return the number of entries, at one moment. Never flushes or scans.
+
+        Costs one look-up for each pending write.
+        """
+        return self._env.count(KeyRange())
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether a mapping holds the same keys and equal values.
+
+        Reads everything, unless the lengths differ.
+        """
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if len(self) != len(other):
+            return False
+        for key, value in self.items():
+            try:
+                theirs = other.get(key, ABSENT)
+            except (TypeError, ValueError):
+                return False  # a store that can't have such a key
+            equal = theirs is not ABSENT and theirs == value
+            if not equal:
+                return False
+        return True
+
+    def __repr__(self) -> str:
+        try:
+            state = f"{len(self)} entries, {len(self._env.buffer)} pending writes"
+        except ClosedError:
+            state = "closed"
+        return f"<{type(self).__name__} {self._db_path!r}, {state}>"
+
+    # Key ranges
+
+    def __iter__(self) -> Iterator[_K]:
+        """Iterate over the keys in order. See `items`."""
+        return iter(self.keys())
+
+    def __reversed__(self) -> Iterator[_K]:
+        """Iterate over the keys from the last to the first. See `items`."""
+        return reversed(self.keys())
+
+    def keys(
+        self,
+        prefix: _K | None = None,
+        *,
+        start: _K | None = None,
+        stop: _K | None = None,
+    ) -> StoreKeysView[_K]:
+        """Return a view of the keys, or of a range of them. See `items`.
+
+        It has the set operations of ``dict.keys()``. Nothing is unpickled.
+        """
+        return StoreKeysView(self, prefix=prefix, start=start, stop=stop)
+
+    def values(
+        self,
+        prefix: _K | None = None,
+        *,
+        start: _K | None = None,
+        stop: _K | None = None,
+    ) -> StoreValuesView[_V]:
+        """Return a view of the values, or of those of a key range. See `items`."""
+        return StoreValuesView(self, prefix=prefix, start=start, stop=stop)
+
+    def items(
+        self,
+        prefix: _K | None = None,
+        *,
+        start: _K | None = None,
+        stop: _K | None = None,
+    ) -> StoreItemsView[_K, _V]:
+        """Return a view of keys and values, or of those of a key range.
+
+        Keys are in the order of their bytes, and come out as they would be put
+        in: as str where the store has a `key_encoding` and the bytes are a text
+        that encodes (and normalizes) to them again, else as bytes.
+
+        The view shows the store as it is whenever it is used. A loop over it
+        (flushes once at its start, with `autoflush_on_read`, and) reads a chunk
+        at a time, up to 512 entries or 1 MiB of values, each as of one moment,
+        and holds nothing in between: whatever is written meanwhile, in the loop's
+        body too, it yields every entry that is there throughout once. A value that
+        can't be unpickled raises; asked for the next one, the iterator goes on.
+
+        Parameters
+        ----------
+        prefix : optional
+            Only keys whose bytes begin with those of `prefix`.
+        start, stop : optional
+            Only keys from `start` on, and only those before `stop`. Bounds are of
+            the types of keys, but of any length.
+
+        Raises
+        ------
+        TypeError
+            A bound that is no key.
+        ClosedError
+            The store is closed, or is closed during the loop.
+        """
+        return StoreItemsView(self, prefix=prefix, start=start, stop=stop)
+
     # Writes
 
     def put(self, key: _K, obj: _V) -> None:
@@ -337,15 +439,8 @@ class LmdbObjectStore(Generic[_K, _V]):
         if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
             encoded = self._codec.encode(encoded)
         env = self._env
-        try:
-            raw = dumps(obj, HIGHEST_PROTOCOL)
-        except Exception as error:
-            _note_key(error, encoded)
-            raise
-        size = len(raw)
-        if size > env.max_value:
-            self._refuse_value(encoded, size)
-        size += len(encoded)
+        raw = self._dumps(encoded, obj)
+        size = len(encoded) + len(raw)
         count = len(env.buffer)
         with env.buffer_lock:
             # No call in here: a signal handler that comes now could flush, and
@@ -372,8 +467,8 @@ class LmdbObjectStore(Generic[_K, _V]):
         """
         batch: dict[bytes, bytes | None] = {}
         encode = self._codec.encode
+        pickled = self._dumps
         longest = self._max_key
-        most = self._env.max_value
         pairs = items.items() if hasattr(items, "items") else items
         for item in pairs:
             try:
@@ -385,13 +480,7 @@ class LmdbObjectStore(Generic[_K, _V]):
                 ) from None
             if type(key) is not bytes or not 0 < len(key) <= longest:
                 key = encode(key)
-            try:
-                batch[key] = raw = dumps(obj, HIGHEST_PROTOCOL)
-            except Exception as error:
-                _note_key(error, key)
-                raise
-            if len(raw) > most:
-                self._refuse_value(key, len(raw))
+            batch[key] = pickled(key, obj)
         self._env.write_many(batch)
 
     def delete(self, key: _K) -> None:
@@ -404,8 +493,141 @@ class LmdbObjectStore(Generic[_K, _V]):
 
         Looking and deleting are one step for all threads of this process.
         """
-        if not self._env.remove(self._codec.encode(key), self._batch_size):
+        if not self._exchange(self._codec.encode(key), _is_something, None):
             raise self._key_error(key)
+
+    def delete_many(self, keys: Iterable[_K]) -> int:
+        """Delete many keys in one transaction; return how many existed.
+
+        Pending writes are flushed first. `keys` is run before any lock is taken.
+        A range of this store, as in ``delete_many(store.keys(prefix="tmp:"))``,
+        is deleted as it is at that moment, without collecting its keys.
+
+        Parameters
+        ----------
+        keys : iterable
+            Any iterable of keys; missing ones are fine.
+
+        Raises
+        ------
+        TypeError, SizeError
+            `keys` is a single str or bytes, or holds something that is no key.
+        GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
+            As for `put`. Nothing has been deleted then.
+        """
+        env = self._env
+        if isinstance(keys, StoreKeysView) and keys._store._env is env:
+            return env.delete_range(keys._range)
+        _refuse_single("delete_many", keys)
+        return env.delete_many(set(map(self._codec.encode, keys)))
+
+    def clear(self) -> None:
+        """Delete everything, in one transaction. Pending writes are flushed first."""
+        self._env.delete_range(KeyRange())
+
+    # Reading and writing as one step for all threads of this process. A value is
+    # unpickled without any lock; if somebody else changes it meanwhile, that is
+    # done again. One that can't be unpickled stays.
+
+    @overload
+    def pop(self, key: _K) -> _V: ...
+    @overload
+    def pop(self, key: _K, default: _V | _T) -> _V | _T: ...
+    def pop(self, key: Any, default: Any = ABSENT) -> Any:
+        """Delete `key` and return its value, or `default`; else KeyError.
+
+        One step for all threads of this process.
+
+        Raises
+        ------
+        See `get` and `put`. Nothing has been deleted then.
+        """
+        encoded = self._codec.encode(key)
+        env = self._env
+        env.check_writable()
+        while True:
+            raw, buffered = env.look_up(encoded)
+            if raw is None:
+                if default is ABSENT:
+                    raise self._key_error(key)
+                return default
+            value = env.unpickle(encoded, raw, buffered)
+            if self._exchange(encoded, partial(_is_same, raw), None):
+                return value
+
+    def popitem(self) -> tuple[_K, _V]:
+        """Delete the last entry and return its key and value, or raise KeyError.
+
+        One step for all threads of this process.
+
+        Raises
+        ------
+        See `get` and `put`. Nothing has been deleted then.
+        """
+        env = self._env
+        env.check_writable()
+        while (key := env.last_key()) is not None:
+            raw, buffered = env.look_up(key)
+            if raw is None:
+                continue  # another thread was faster
+            value = env.unpickle(key, raw, buffered)
+            if env.remove_last(
+                key, partial(_is_same, raw), self._batch_size, self._batch_bytes
+            ):
+                name: Any = self._codec.name(key)
+                return name, value
+        raise KeyError("popitem(): the store is empty")
+
+    @overload
+    def setdefault(
+        self: LmdbObjectStore[_K, _T | None], key: _K, default: None = None
+    ) -> _T | None: ...
+    @overload
+    def setdefault(self, key: _K, default: _V) -> _V: ...
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Return the value of `key`; where there is none, store `default` first.
+
+        One step for all threads of this process. What is returned then is
+        `default` itself, whose later changes are not stored.
+
+        Raises
+        ------
+        See `get` and `put`.
+        """
+        encoded = self._codec.encode(key)
+        env = self._env
+        env.check_writable()
+        new = None
+        while True:
+            raw, buffered = env.look_up(encoded)
+            if raw is not None:
+                return env.unpickle(encoded, raw, buffered)
+            new = new or self._dumps(encoded, default)
+            if self._exchange(encoded, _is_nothing, new):
+                return default
+
+    if not TYPE_CHECKING:  # it has the types of MutableMapping's own
+
+        def update(self, other=(), /, **more):
+            """Store what a mapping, or pairs, and keyword arguments hold.
+
+            One `put` after the other: through the buffer, with bounded memory, and
+            not atomic. `put_many` is.
+
+            Raises
+            ------
+            See `put`. What came before has been stored then.
+            """
+            for key in more:
+                self._codec.encode(key)
+            if isinstance(other, LmdbObjectStore):
+                other = other.items()  # in one pass
+            super().update(other, **more)
+
+    def __ior__(self, other: Mapping[_K, _V] | Iterable[tuple[_K, _V]]) -> Self:
+        """Do `update`."""
+        self.update(other)
+        return self
 
     # Flush and close
 
@@ -555,6 +777,24 @@ class LmdbObjectStore(Generic[_K, _V]):
 
     # Helpers
 
+    def _exchange(
+        self, key: bytes, expected: Callable[[Any], bool], raw: bytes | None
+    ) -> bool:
+        """Write `raw` if `expected` says so of what is stored; return whether."""
+        return self._env.exchange(
+            key, expected, raw, self._batch_size, self._batch_bytes
+        )
+
+    def _dumps(self, key: bytes, obj: object) -> bytes:
+        try:
+            raw = dumps(obj, HIGHEST_PROTOCOL)
+        except Exception as error:
+            _note_key(error, key)
+            raise
+        if len(raw) > self._env.max_value:
+            self._refuse_value(key, len(raw))
+        return raw
+
     def _refuse_value(self, key: bytes, size: int) -> None:
         cap = self._env.max_map_size
         if cap is not None and size <= MAX_VALUE:
@@ -570,6 +810,26 @@ class LmdbObjectStore(Generic[_K, _V]):
     def _key_error(self, key: Any) -> KeyError:
         shown = key if isinstance(key, str) else self._codec.encode(key)
         return KeyError(f"Key not found: {describe(shown)}")
+
+
+def _is_nothing(raw: object) -> bool:
+    return raw is None
+
+
+def _is_something(raw: object) -> bool:
+    return raw is not None
+
+
+def _is_same(seen: bytes, raw: Any) -> bool:
+    return raw is not None and bytes(raw) == seen
+
+
+def _refuse_single(method: str, keys: object) -> None:
+    if isinstance(keys, (str, bytes, bytearray, memoryview)):
+        raise TypeError(
+            f"{method}() takes an iterable of keys, not a single "
+            f"{type(keys).__name__}; put the key in a list."
+        )
 
 
 def _note_key(error: Exception, key: bytes) -> None:

@@ -1,0 +1,313 @@
+"""Key ranges: their bounds, iteration in chunks, and counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from operator import itemgetter, length_hint
+from pickle import loads
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lmdb
+
+from ._gate import Pin, under
+from ._reading import LARGE, LargeValue, load, unpickle_error
+
+if TYPE_CHECKING:
+    from ._environment import Batch, SharedEnvironment
+    from ._keys import KeyCodec
+
+CHUNK_BYTES = 2**20
+"""Bytes of values that one chunk copies (one large value is a chunk by itself)."""
+_FIRST_CHUNK = 8  # entries: whoever wants the first one pays for few others
+_MAX_CHUNK = 512
+_MAX_KEYS = 4096  # in a chunk without values
+
+
+class KeyRange(NamedTuple):
+    """The keys from `low` on and before `high` (None: to the end), encoded."""
+
+    low: bytes = b""
+    high: bytes | None = None
+
+    def holds(self, key: bytes) -> bool:
+        """Whether `key` lies in this range."""
+        return self.low <= key and (self.high is None or key < self.high)
+
+    def beyond(self, key: bytes, reverse: bool) -> KeyRange:
+        """Return what is left of this range after (or before) `key`."""
+        if reverse:
+            return KeyRange(self.low, key)
+        return KeyRange(key + b"\0", self.high)  # no key comes between the two
+
+    def starting_with(self, prefix: bytes) -> KeyRange:
+        """Return the part of this range whose keys begin with `prefix`."""
+        low = max(self.low, prefix)
+        head = prefix.rstrip(b"\xff")
+        if not head:
+            return KeyRange(low, self.high)
+        end = head[:-1] + bytes([head[-1] + 1])
+        return KeyRange(low, end if self.high is None else min(end, self.high))
+
+
+def _entries(
+    txn: lmdb.Transaction[Any], keys: KeyRange, reverse: bool, values: bool
+) -> Any:
+    """Iterate over a range and what comes after it: pairs, or only the keys."""
+    cursor: Any = txn.cursor()
+    if not reverse:
+        found = cursor.set_range(keys.low)
+    elif keys.high is not None and cursor.set_range(keys.high):
+        found = cursor.prev()
+    else:
+        found = cursor.last()
+    if not found:
+        return ()
+    return (cursor.iterprev if reverse else cursor.iternext)(True, values)
+
+
+class Scan(Pin):
+    """One pass over a key range, chunk by chunk.
+
+    Each chunk shows one moment, pending writes included; between chunks nothing
+    is held, so anything may be written, and the map may grow, in the midst of it.
+    """
+
+    __slots__ = (
+        *("_ahead", "_buffered", "_count", "_env", "_rest", "_reverse", "_rows"),
+        *("_seen", "_settled", "_values", "_views", "more"),
+    )
+
+    def __init__(
+        self, env: SharedEnvironment, keys: KeyRange, reverse: bool, values: bool
+    ) -> None:
+        self._env = env
+        self._rest = keys
+        self.more = True
+        self._reverse = reverse
+        self._values = values
+        self._count = _FIRST_CHUNK
+        self._views = False  # whether the last transaction gave views of the map
+        self._rows: list[Any] = []  # the last chunk, which may be in use
+        self._buffered: Batch = {}  # the part of it that was pending
+        # Pending keys in `_rest`, the next one last. The buffer keeps its keys in
+        # the order in which they came, and gives them up in `_take_out` only: so
+        # what is new since the last chunk is the end of it, beyond `_seen`.
+        self._ahead: list[bytes] = []
+        self._seen = 0
+        self._settled = env.settled
+        env.pin(self)
+
+    def keys(self, codec: KeyCodec | None = None) -> Iterator[Any]:
+        """Iterate over the keys, named by `codec` or as they are stored."""
+        return chain.from_iterable(self._chunks(codec))
+
+    def items(self, codec: KeyCodec | None = None) -> Iterator[tuple[Any, Any]]:
+        """Iterate over keys and unpickled values.
+
+        After the error of a value that can't be unpickled it can go on.
+        """
+        return chain.from_iterable(self._loading(codec))
+
+    def _loading(self, codec: KeyCodec | None) -> Iterator[Iterator[tuple[Any, Any]]]:
+        for rows in self._chunks(codec):
+            rest = iter(rows)
+            while length_hint(rest):  # more than once: an error ends the generator
+                yield self._unpickled(rest, codec)
+
+    def _unpickled(
+        self, rows: Iterator[tuple[Any, Any]], codec: KeyCodec | None
+    ) -> Iterator[tuple[Any, Any]]:
+        unpickle = load if self._views else loads
+        for key, raw in rows:
+            try:
+                value = unpickle(raw)
+            except Exception as error:
+                stored = codec.encode(key) if codec else key
+                buffered = stored in self._buffered
+                raise unpickle_error(stored, buffered, error) from error
+            yield key, value
+
+    def _chunks(self, codec: KeyCodec | None) -> Iterator[list[Any]]:
+        env = self._env
+        while True:
+            rows = self.chunk(env.repair) if self.more else []
+            if codec and rows:
+                if self._values:
+                    keys, raws = zip(*rows, strict=True)
+                    rows = list(zip(codec.names(keys), raws, strict=True))
+                else:
+                    rows = codec.names(rows)
+            # Close ends iterators thus: it sets `closed`, then empties what they
+            # are at. Either that comes after this, or the check does after that.
+            self._rows = rows
+            if env.closed:
+                raise env.closed_error()
+            if not rows and not self.more:
+                return
+            yield rows
+
+    def chunk(self, repair: Callable[[lmdb.Error, Any], None]) -> list[Any]:
+        """Return more entries (or keys) in order; none does not mean the end."""
+        env = self._env
+        # Most of what is new is sorted in here, without holding up anybody.
+        self._sort_in(under(env.buffer_lock, self._new_pending))
+        return env.repairing(repair, self._read)
+
+    def _new_pending(self) -> list[bytes]:
+        """Return pending keys that came after those returned before.
+
+        Call it under the buffer lock. A signal handler may put there all the same.
+        """
+        env = self._env
+        if self._settled != env.settled:
+            self._settled = env.settled
+            self._ahead = []
+            self._seen = 0
+        buffer = env.buffer
+        new = list(islice(reversed(buffer), len(buffer) - self._seen))
+        self._seen += len(new)
+        return new
+
+    def _sort_in(self, new: list[bytes]) -> None:
+        if new:
+            self._ahead += filter(self._rest.holds, new)
+            self._ahead.sort(reverse=not self._reverse)
+
+    def _begin_at_once(
+        self, begin: Callable[..., lmdb.Transaction[Any]]
+    ) -> tuple[lmdb.Transaction[Any], Batch]:
+        self._sort_in(self._new_pending())
+        buffer = self._env.buffer
+        keys = self._ahead[: -self._count - 1 : -1]
+        pending = dict(zip(keys, map(buffer.__getitem__, keys), strict=True))
+        return begin(None, None, False, self._views), pending
+
+    def _read(self, begin: Callable[..., lmdb.Transaction[Any]]) -> list[Any]:
+        rest, reverse = self._rest, self._reverse
+        self._views = self._values and self._env.has_large_values()
+        txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
+        entries = _entries(txn, rest, reverse, self._values)
+        if self._views:
+            rows, more = self._keep(txn, entries)
+        else:
+            rows = list(islice(entries, self._count))
+            more = len(rows) == self._count
+        key_of: Any = itemgetter(0) if self._values else bytes
+        if rows and not rest.holds(key_of(rows[-1])):
+            rows = [row for row in rows if rest.holds(key_of(row))]
+            more = False
+        # Where either of the two sources was not read to its end, the chunk ends.
+        ends = [key_of(rows[-1])] if more else []
+        if len(pending) < len(self._ahead):
+            ends.append(next(reversed(pending)))
+        if ends:
+            rest = rest.beyond(max(ends) if reverse else min(ends), reverse)
+            if pending:
+                rows = [row for row in rows if not rest.holds(key_of(row))]
+                pending = {
+                    key: raw for key, raw in pending.items() if not rest.holds(key)
+                }
+        if pending:
+            rows = self._merged(rows, pending)
+        # Only now, so that an error before changes nothing.
+        del self._ahead[len(self._ahead) - len(pending) :]
+        self._buffered = pending
+        self._rest = rest
+        self.more = bool(ends)
+        self._count = min(4 * self._count, _MAX_CHUNK if self._values else _MAX_KEYS)
+        return rows
+
+    def _merged(self, rows: list[Any], pending: Batch) -> list[Any]:
+        merged: dict[bytes, Any] = {}
+        merged.update(rows if self._values else dict.fromkeys(rows, True))
+        merged.update(pending)
+        keys = [key for key, raw in merged.items() if raw is not None]
+        keys.sort(reverse=self._reverse)
+        return [(key, merged[key]) for key in keys] if self._values else keys
+
+    def _keep(
+        self, txn: lmdb.Transaction[memoryview], entries: Iterable[Any]
+    ) -> tuple[list[Any], bool]:
+        rows: list[Any] = []
+        size = 0
+        for key, view in entries:
+            size += len(view)
+            large = len(view) >= LARGE
+            if rows and (large or size > CHUNK_BYTES or len(rows) == self._count):
+                return rows, True
+            if large:
+                return [(bytes(key), LargeValue(self._env, txn, view))], True
+            rows.append((bytes(key), view.tobytes()))
+        return rows, False
+
+    def detach(self) -> None:
+        pass  # nothing of it is in the map
+
+    def release(self) -> None:
+        self._rows.clear()
+
+
+class Tally(Pin):
+    """The number of entries in a key range, pending writes included, at one moment."""
+
+    __slots__ = ("_count", "_env", "_keys", "_rest", "_txn")
+
+    def __init__(self, env: SharedEnvironment, keys: KeyRange) -> None:
+        self._env = env
+        self._keys = self._rest = keys
+        self._count = 0
+        self._txn: lmdb.Transaction[Any] | None = None
+        env.pin(self)
+
+    def result(self) -> int:
+        """Count. Only bounds make that a scan, of keys."""
+        env = self._env
+        try:
+            while env.repairing(env.repair, self._step):
+                pass
+        finally:
+            self.release()  # an exception's traceback could keep it open
+        return self._count
+
+    def _step(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
+        """Count some keys; return whether more are left."""
+        txn = self._txn
+        if txn is None:
+            txn = self._txn = self._start(begin)
+        if self._keys == KeyRange():
+            self._count += txn.stat()["entries"]
+            return False
+        keys = list(islice(_entries(txn, self._rest, False, False), _MAX_KEYS))
+        if not keys or not self._rest.holds(keys[-1]):
+            self._count += sum(map(self._rest.holds, keys))
+            return False
+        self._count += len(keys)
+        self._rest = self._rest.beyond(keys[-1], False)
+        return True
+
+    def _start(
+        self, begin: Callable[..., lmdb.Transaction[Any]]
+    ) -> lmdb.Transaction[Any]:
+        txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
+        pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
+        self._rest = self._keys
+        self._count = adjustment(txn, pending)
+        return txn
+
+    def _begin_at_once(
+        self, begin: Callable[..., lmdb.Transaction[Any]]
+    ) -> tuple[lmdb.Transaction[Any], Batch]:
+        return begin(), dict(self._env.buffer)
+
+    def detach(self) -> None:
+        self._txn = None  # it counts once more, from the beginning
+
+    def release(self) -> None:
+        self._txn = None
+
+
+def adjustment(txn: lmdb.Transaction[Any], pending: Batch) -> int:
+    """Return how many entries `pending` would add to what `txn` shows."""
+    puts = len(pending) - list(pending.values()).count(None)
+    return puts - sum(map(txn.cursor().set_key, pending))
