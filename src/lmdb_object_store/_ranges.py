@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2**20
 """Bytes of values that one chunk copies (one large value is a chunk by itself)."""
 _FIRST_CHUNK = 8  # entries: whoever wants the first one pays for few others
-_MAX_CHUNK = 512
+_MAX_CHUNK = 1024
 _MAX_KEYS = 4096  # in a chunk without values
 
 
@@ -150,8 +150,8 @@ class Scan(Pin):
     def chunk(self, repair: Callable[[lmdb.Error, Any], None]) -> list[Any]:
         """Return more entries (or keys) in order; none does not mean the end."""
         env = self._env
-        # Most of what is new is sorted in here, without holding up anybody.
-        self._sort_in(under(env.buffer_lock, self._new_pending))
+        if env.buffer:  # what is new is sorted in here, without holding up anybody
+            self._sort_in(under(env.buffer_lock, self._new_pending))
         return env.repairing(repair, self._read)
 
     def _new_pending(self) -> list[bytes]:

@@ -390,7 +390,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
         The view shows the store as it is whenever it is used. A loop over it
         (flushes once at its start, with `autoflush_on_read`, and) reads a chunk
-        at a time, up to 512 entries or 1 MiB of values, each as of one moment,
+        at a time, up to 1,024 entries or 1 MiB of values, each as of one moment,
         and holds nothing in between: whatever is written meanwhile, in the loop's
         body too, it yields every entry that is there throughout once. A value that
         can't be unpickled raises; asked for the next one, the iterator goes on.
@@ -439,8 +439,15 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
             encoded = self._codec.encode(encoded)
         env = self._env
-        raw = self._dumps(encoded, obj)
-        size = len(encoded) + len(raw)
+        try:
+            raw = dumps(obj, HIGHEST_PROTOCOL)
+        except Exception as error:
+            _note_key(error, encoded)
+            raise
+        size = len(raw)
+        if size > env.max_value:
+            self._refuse_value(encoded, size)
+        size += len(encoded)
         count = len(env.buffer)
         with env.buffer_lock:
             # No call in here: a signal handler that comes now could flush, and
@@ -467,8 +474,8 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         """
         batch: dict[bytes, bytes | None] = {}
         encode = self._codec.encode
-        pickled = self._dumps
         longest = self._max_key
+        most = self._env.max_value
         pairs = items.items() if hasattr(items, "items") else items
         for item in pairs:
             try:
@@ -480,7 +487,13 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
                 ) from None
             if type(key) is not bytes or not 0 < len(key) <= longest:
                 key = encode(key)
-            batch[key] = pickled(key, obj)
+            try:
+                batch[key] = raw = dumps(obj, HIGHEST_PROTOCOL)
+            except Exception as error:
+                _note_key(error, key)
+                raise
+            if len(raw) > most:
+                self._refuse_value(key, len(raw))
         self._env.write_many(batch)
 
     def delete(self, key: _K) -> None:
@@ -602,7 +615,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             raw, buffered = env.look_up(encoded)
             if raw is not None:
                 return env.unpickle(encoded, raw, buffered)
-            new = new or self._dumps(encoded, default)
+            new = new or self._pickled(encoded, default)
             if self._exchange(encoded, _is_nothing, new):
                 return default
 
@@ -785,7 +798,8 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             key, expected, raw, self._batch_size, self._batch_bytes
         )
 
-    def _dumps(self, key: bytes, obj: object) -> bytes:
+    def _pickled(self, key: bytes, obj: object) -> bytes:
+        # put and put_many do the same without a call, which costs 4 %.
         try:
             raw = dumps(obj, HIGHEST_PROTOCOL)
         except Exception as error:
