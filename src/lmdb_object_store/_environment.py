@@ -905,6 +905,7 @@ class SharedEnvironment(Gate):
             self.closed = True
             self.lost = self.buffer
             self.buffer = {}
+            self.settled += 1
             for pin in self.pins():
                 if isinstance(pin, Scan):  # the others go on with their copies
                     pin.release()
@@ -955,6 +956,7 @@ class SharedEnvironment(Gate):
         self.closing = self.closed = True
         self.may_buffer = False
         self.buffer = {}
+        self.settled += 1
         self._begin = self._refuse
         self._closed_text = (
             "closed in this child process: it belongs to the parent, which opened it "

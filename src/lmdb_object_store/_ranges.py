@@ -189,7 +189,7 @@ class Scan(Pin):
         txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
         entries = _entries(txn, rest, reverse, self._values)
         if self._views:
-            rows, more = self._keep(txn, entries)
+            rows, more = self._copy(txn, entries)
         else:
             rows = list(islice(entries, self._count))
             more = len(rows) == self._count
@@ -226,19 +226,23 @@ class Scan(Pin):
         keys.sort(reverse=self._reverse)
         return [(key, merged[key]) for key in keys] if self._values else keys
 
-    def _keep(
+    def _copy(
         self, txn: lmdb.Transaction[memoryview], entries: Iterable[Any]
     ) -> tuple[list[Any], bool]:
+        """Read a chunk of limited size; return it and whether there is more."""
         rows: list[Any] = []
         size = 0
-        for key, view in entries:
-            size += len(view)
-            large = len(view) >= LARGE
+        for view, value in entries:
+            key = bytes(view)
+            if not self._rest.holds(key):
+                break
+            size += len(value)
+            large = len(value) >= LARGE
             if rows and (large or size > CHUNK_BYTES or len(rows) == self._count):
                 return rows, True
             if large:
-                return [(bytes(key), LargeValue(self._env, txn, view))], True
-            rows.append((bytes(key), view.tobytes()))
+                return [(key, LargeValue(self._env, txn, value))], True
+            rows.append((key, value.tobytes()))
         return rows, False
 
     def detach(self) -> None:

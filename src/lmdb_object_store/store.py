@@ -317,7 +317,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         return self._env.count(KeyRange())
 
     def __eq__(self, other: object) -> bool:
-        """Return whether a mapping holds the same keys and equal values.
+        """Return whether a mapping has the same keys, as they come out, and values.
 
         Reads everything, unless the lengths differ.
         """
@@ -325,11 +325,14 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             return NotImplemented
         if len(self) != len(other):
             return False
+        codec = other._codec if isinstance(other, LmdbObjectStore) else None
         for key, value in self.items():
             try:
+                if codec and codec.name(codec.encode(key)) != key:
+                    return False  # it may take this spelling, but has another
                 theirs = other.get(key, ABSENT)
             except (TypeError, ValueError):
-                return False  # a store that can't have such a key
+                return False  # it can't have such a key
             equal = theirs is not ABSENT and theirs == value
             if not equal:
                 return False
