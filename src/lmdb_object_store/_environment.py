@@ -67,6 +67,8 @@ _DISK_CODES |= {39, 112} if os.name == "nt" else set()
 MAX_VALUE = 2**32 - 1  # MAXDATASIZE in LMDB's mdb.c
 _EVERYTHING = 2**60
 """The entries of a deletion whose number isn't known."""
+_DROP_RESERVE = 4
+"""Pages that deleting everything has to leave at the cap, for `_recycle`."""
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
 _READ_FLUSH_PAUSE = 1.0
@@ -394,41 +396,31 @@ class SharedEnvironment(Gate):
         key: bytes,
         expected: Callable[[Any], bool],
         raw: bytes | None,
-        batch_size: int,
-        batch_bytes: int,
+        limits: tuple[int, int],
     ) -> bool:
         """Buffer a write if `expected` says so of what is there; return whether.
 
         It gets bytes, a view of the map, or None, and must not run user code.
-        Looking and writing are one step for all threads.
+        Looking and writing are one step for all threads. `limits` are the
+        operations and the bytes that make a batch full.
         """
-        return self.as_writer(
-            self._exchange, key, expected, raw, batch_size, batch_bytes
-        )
+        return self.as_writer(self._exchange, key, expected, raw, limits)
 
     def _exchange(
         self,
         key: bytes,
         expected: Callable[[Any], bool],
         raw: bytes | None,
-        batch_size: int,
-        batch_bytes: int,
+        limits: tuple[int, int],
     ) -> bool:
         self.check_writable()
         while True:
             # Only a put can come between now and the swap: we are the writer.
             pending = self.buffer.get(key, ABSENT)
-            if pending is not ABSENT:
-                if not expected(pending):
-                    return False
-            elif not self.repairing(self._repair, self._look_and, expected, key):
+            if not self._holds(key, pending, expected):
                 return False
             size = len(key) + len(raw or b"")
-            if (
-                len(self.buffer) + (key not in self.buffer) < batch_size
-                and self.buffer_bytes + size < batch_bytes
-                and not self.exiting
-            ):
+            if not self._is_full(limits, key not in self.buffer, size):
                 if under(self.buffer_lock, self._swap, key, pending, raw, size):
                     return True
                 continue
@@ -437,14 +429,19 @@ class SharedEnvironment(Gate):
                 self._flush({key: raw}, batch)
                 return True
 
-    @staticmethod
-    def _look_and(
-        begin: Callable[..., lmdb.Transaction[memoryview]],
-        expected: Callable[[Any], bool],
-        key: bytes,
-    ) -> bool:
-        txn = begin(None, None, False, True)
-        return expected(txn.get(key))
+    def _holds(self, key: bytes, pending: Any, expected: Callable[[Any], bool]) -> bool:
+        """Whether what is stored under `key`, or `pending`, is as expected."""
+        if pending is not ABSENT:
+            return expected(pending)
+        return self.repairing(self._repair, _look, key, expected)
+
+    def _is_full(self, limits: tuple[int, int], count: int = 0, size: int = 0) -> bool:
+        """Whether to flush, if `count` more keys and `size` more bytes are put."""
+        return (
+            len(self.buffer) + count >= limits[0]
+            or self.buffer_bytes + size >= limits[1]
+            or self.exiting
+        )
 
     def _swap(self, key: bytes, pending: Any, raw: bytes | None, size: int) -> bool:
         # No call from the comparison to the end: see put.
@@ -462,40 +459,76 @@ class SharedEnvironment(Gate):
         self,
         key: bytes,
         expected: Callable[[Any], bool],
-        batch_size: int,
-        batch_bytes: int,
+        limits: tuple[int, int],
     ) -> bool:
         """Delete an entry as `exchange` does, if none comes after it."""
-        return self.as_writer(self._remove_last, key, expected, batch_size, batch_bytes)
+        return self.as_writer(self._remove_last, key, expected, limits)
 
     def _remove_last(
         self,
         key: bytes,
         expected: Callable[[Any], bool],
-        batch_size: int,
-        batch_bytes: int,
+        limits: tuple[int, int],
     ) -> bool:
+        self.check_writable()
+        pending = dict(self.buffer)
         later = Scan(self, KeyRange().beyond(key, False), reverse=True, values=False)
         while later.more:
             if later.chunk(self._repair):
                 return False
-        return self._exchange(key, expected, None, batch_size, batch_bytes)
+        if not self._holds(key, pending.get(key, ABSENT), expected):
+            return False
+        if not under(self.buffer_lock, self._delete_if_still, pending, key, len(key)):
+            return False
+        if self._is_full(limits):
+            # Unlike in `_exchange` it is in the buffer already: while an `extra` of
+            # the flush is committed, somebody could put a key that comes after it.
+            try:
+                self._flush()
+            except Exception:
+                if under(self.buffer_lock, self._take_back, key, pending):
+                    raise
+        return True
+
+    def _delete_if_still(self, pending: Batch, key: bytes, size: int) -> bool:
+        # No call from the comparison to the end: see put.
+        if self.buffer != pending:
+            return False
+        self.buffer[key] = None
+        self.buffer_bytes += size
+        return True
+
+    def _take_back(self, key: bytes, pending: Batch) -> bool:
+        if self.buffer.get(key, ABSENT) is not None:
+            return False
+        if key in pending:
+            self.buffer[key] = pending[key]
+        else:
+            del self.buffer[key]
+            self.settled += 1
+        return True
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         """Delete `keys` in one transaction; return how many existed."""
+        count = len(keys)
         work = partial(_delete, keys=sorted(keys))
-        return self.as_writer(self._erase, work, keys.__contains__, len(keys))
+        reserve = self._deletion_reserve(count)
+        return self.as_writer(self._erase, work, keys.__contains__, count, reserve)
 
     def delete_range(self, keys: KeyRange) -> int:
         """Delete a key range in one transaction; return how many existed."""
-        work = partial(self._delete_range, keys)
-        return self.as_writer(self._erase, work, keys.holds, _EVERYTHING)
+        if keys == KeyRange():
+            work, reserve = self._drop, _DROP_RESERVE
+        else:
+            work = partial(_delete_range, keys=keys)
+            reserve = self._deletion_reserve(_EVERYTHING)
+        return self.as_writer(self._erase, work, keys.holds, _EVERYTHING, reserve)
 
     def _erase(
         self,
         work: Callable[[lmdb.Transaction[Any]], int],
         covers: Callable[[bytes], bool],
-        count: int,
+        *size: int,
     ) -> int:
         self.check_writable()
         try:
@@ -504,34 +537,28 @@ class SharedEnvironment(Gate):
             # There is no room for what is pending, so some of it has to go, too.
             # With the database, at one moment for all: no read comes between.
             return self.alone(
-                self.growth_timeout, self._erase_pending, work, covers, count
+                self.growth_timeout, self._erase_pending, work, covers, *size
             )
-        return self._write(work, {}, count)
+        return self._write(work, {}, *size)
 
     def _erase_pending(
         self,
         work: Callable[[lmdb.Transaction[Any]], int],
         covers: Callable[[bytes], bool],
-        count: int,
+        *size: int,
     ) -> int:
         pending = dict(self.buffer)
         erased = {key: pending[key] for key in filter(covers, pending)}
         existed = self._write(
-            lambda txn: adjustment(txn, erased) + work(txn), {}, count
+            lambda txn: adjustment(txn, erased) + work(txn), {}, *size
         )
         self._settle(pending, erased)
         return existed
 
-    def _delete_range(self, keys: KeyRange, txn: lmdb.Transaction[Any]) -> int:
-        before: int = txn.stat()["entries"]
-        if keys == KeyRange():
-            txn.drop(self.env.open_db(txn=txn), delete=False)
-            return before
-        cursor = txn.cursor()
-        cursor.set_range(keys.low)
-        while (key := cursor.key()) and keys.holds(key):
-            cursor.delete()  # moves on to the next
-        return before - txn.stat()["entries"]
+    def _drop(self, txn: lmdb.Transaction[Any]) -> int:
+        existed: int = txn.stat()["entries"]
+        txn.drop(self.env.open_db(txn=txn), delete=False)
+        return existed
 
     def write_many(self, batch: Batch) -> None:
         """Flush what is pending, then write `batch` in one transaction."""
@@ -645,18 +672,27 @@ class SharedEnvironment(Gate):
             deletions = [key for key in keys if batch[key] is None]
             keys = [key for key in keys if batch[key] is not None]
         puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
-        self._write(partial(_apply, deletions=deletions, puts=puts), batch, len(batch))
+        work = partial(_apply, deletions=deletions, puts=puts)
+        count = len(batch)
+        reserve = self._reserve_pages() if puts else self._deletion_reserve(count)
+        self._write(work, batch, count, reserve)
+
+    def _deletion_reserve(self, count: int) -> int:
+        """Pages that deleting `count` entries has to leave."""
+        return max(8, self._reserve_pages() // 2) if count > 1 else 0
 
     def _write(
-        self, work: Callable[[lmdb.Transaction[Any]], _R], batch: Batch, count: int
+        self,
+        work: Callable[[lmdb.Transaction[Any]], _R],
+        batch: Batch,
+        count: int,
+        reserve: int,
     ) -> _R:
         """Do `work` in one transaction, whatever it takes.
 
-        It writes `batch`, or else only deletes; `count` entries in all.
+        It writes `batch` and touches `count` entries in all, and at the cap has to
+        leave `reserve` pages.
         """
-        reserve = self._reserve_pages()
-        if not any(batch.values()):
-            reserve = max(8, reserve // 2) if count > 1 else 0
         while True:
             begin = self._begin
             try:
@@ -688,10 +724,7 @@ class SharedEnvironment(Gate):
         work: Callable[[lmdb.Transaction[Any]], Any],
         reserve: int,
     ) -> None:
-        """Raise `lmdb.MapFullError` if `work` would use up the reserve.
-
-        Deletions may use half of it, a single one all.
-        """
+        """Raise `lmdb.MapFullError` if `work` would use up the reserve."""
         filler = bytes(self._page_size - 64)  # takes a page of its own
         puts = [(_spare_key(number), filler) for number in range(reserve)]
 
@@ -1030,6 +1063,24 @@ def _apply(
 
 def _delete(txn: lmdb.Transaction[Any], keys: list[bytes]) -> int:
     return sum(map(txn.delete, keys))
+
+
+def _delete_range(txn: lmdb.Transaction[Any], keys: KeyRange) -> int:
+    before: int = txn.stat()["entries"]
+    cursor = txn.cursor()
+    cursor.set_range(keys.low)
+    while (key := cursor.key()) and keys.holds(key):
+        cursor.delete()  # moves on to the next
+    return before - txn.stat()["entries"]
+
+
+def _look(
+    begin: Callable[..., lmdb.Transaction[memoryview]],
+    key: bytes,
+    expected: Callable[[Any], bool],
+) -> bool:
+    txn = begin(None, None, False, True)
+    return expected(txn.get(key))
 
 
 def _touch(txn: lmdb.Transaction[Any]) -> None:

@@ -171,7 +171,10 @@ class Scan(Pin):
 
     def _sort_in(self, new: list[bytes]) -> None:
         if new:
-            self._ahead += filter(self._rest.holds, new)
+            low, high = self._rest
+            self._ahead += [
+                key for key in new if low <= key and (high is None or key < high)
+            ]
             self._ahead.sort(reverse=not self._reverse)
 
     def _begin_at_once(

@@ -587,9 +587,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             if raw is None:
                 continue  # another thread was faster
             value = env.unpickle(key, raw, buffered)
-            if env.remove_last(
-                key, partial(_is_same, raw), self._batch_size, self._batch_bytes
-            ):
+            if env.remove_last(key, partial(_is_same, raw), self._limits()):
                 name: Any = self._codec.name(key)
                 return name, value
         raise KeyError("popitem(): the store is empty")
@@ -797,9 +795,10 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         self, key: bytes, expected: Callable[[Any], bool], raw: bytes | None
     ) -> bool:
         """Write `raw` if `expected` says so of what is stored; return whether."""
-        return self._env.exchange(
-            key, expected, raw, self._batch_size, self._batch_bytes
-        )
+        return self._env.exchange(key, expected, raw, self._limits())
+
+    def _limits(self) -> tuple[int, int]:
+        return self._batch_size, self._batch_bytes
 
     def _pickled(self, key: bytes, obj: object) -> bytes:
         # put and put_many do the same without a call, which costs 4 %.
