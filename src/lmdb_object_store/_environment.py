@@ -549,10 +549,24 @@ class SharedEnvironment(Gate):
     ) -> int:
         pending = dict(self.buffer)
         erased = {key: pending[key] for key in filter(covers, pending)}
-        existed = self._write(
-            lambda txn: adjustment(txn, erased) + work(txn), {}, *size
-        )
-        self._settle(pending, erased)
+        after: list[int] = []
+
+        def erase(txn: lmdb.Transaction[Any]) -> int:
+            existed = adjustment(txn, erased) + work(txn)
+            after[:] = txn.id(), txn.stat()["entries"]
+            return existed
+
+        def settle() -> None:  # once it has been committed
+            info = self.env.info()["last_txnid"], self.env.stat()["entries"]
+            if after == [*info]:
+                self._settle(pending, erased)
+
+        try:
+            existed = self._write(erase, {}, *size)
+            settle()
+        except BaseException:  # a KeyboardInterrupt may come after the commit
+            settle()
+            raise
         return existed
 
     def _drop(self, txn: lmdb.Transaction[Any]) -> int:
@@ -1080,7 +1094,13 @@ def _look(
     expected: Callable[[Any], bool],
 ) -> bool:
     txn = begin(None, None, False, True)
-    return expected(txn.get(key))
+    try:
+        return expected(txn.get(key))
+    finally:
+        try:  # as in Gate
+            txn.abort()  # or the traceback of a KeyboardInterrupt keeps it open
+        finally:
+            pass
 
 
 def _touch(txn: lmdb.Transaction[Any]) -> None:

@@ -36,18 +36,17 @@ def under(lock: RLock, action: Callable[..., _R], *args: Any) -> _R:
 
     No exception crosses the ``with``, where a signal could make 3.10 skip its end.
     """
-    failure = None
     with lock:
         try:
-            result = action(*args)
+            # Not kept in a variable: the traceback of a KeyboardInterrupt that comes
+            # before the end would keep it, too, and it may be a transaction.
+            return action(*args)
         except BaseException as error:
             failure = error
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # it refers to this frame
-    return result
+    try:
+        raise failure
+    finally:
+        del failure  # it refers to this frame
 
 
 class Pin(ABC):

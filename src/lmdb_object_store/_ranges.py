@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from operator import itemgetter, length_hint
 from pickle import loads
@@ -157,15 +157,14 @@ class Scan(Pin):
     def _new_pending(self) -> list[bytes]:
         """Return pending keys that came after those returned before.
 
-        Call it under the buffer lock. A signal handler may put there all the same.
+        Call it under the buffer lock.
         """
         env = self._env
         if self._settled != env.settled:
             self._settled = env.settled
             self._ahead = []
             self._seen = 0
-        buffer = env.buffer
-        new = list(islice(reversed(buffer), len(buffer) - self._seen))
+        new = _end_of(env.buffer, self._seen)
         self._seen += len(new)
         return new
 
@@ -187,20 +186,54 @@ class Scan(Pin):
         return begin(None, None, False, self._views), pending
 
     def _read(self, begin: Callable[..., lmdb.Transaction[Any]]) -> list[Any]:
-        rest, reverse = self._rest, self._reverse
         self._views = self._values and self._env.has_large_values()
         txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
-        entries = _entries(txn, rest, reverse, self._values)
-        if self._views:
-            rows, more = self._copy(txn, entries)
-        else:
-            rows = list(islice(entries, self._count))
-            more = len(rows) == self._count
+        large = False
+        try:
+            if self._views:
+                rows, more, large = self._copy(txn)
+            else:
+                rows = list(islice(self._entries(txn), self._count))
+                more = len(rows) == self._count
+        finally:
+            try:  # as in Gate
+                if not large:
+                    txn.abort()  # or the traceback of a KeyboardInterrupt keeps it
+            finally:
+                pass
+        return self._chunk_of(rows, more, pending)
+
+    def _entries(self, txn: lmdb.Transaction[Any]) -> Any:
+        return _entries(txn, self._rest, self._reverse, self._values)
+
+    def _copy(self, txn: lmdb.Transaction[memoryview]) -> tuple[list[Any], bool, bool]:
+        """Read a chunk of limited size.
+
+        Return it, whether there may be more, and whether it needs the transaction.
+        """
+        rows: list[Any] = []
+        size = 0
+        for view, value in self._entries(txn):
+            key = bytes(view)
+            if not self._rest.holds(key):
+                break
+            size += len(value)
+            large = len(value) >= LARGE
+            if rows and (large or size > CHUNK_BYTES or len(rows) == self._count):
+                return rows, True, False
+            if large:
+                return [(key, LargeValue(self._env, txn, value))], True, True
+            rows.append((key, value.tobytes()))
+        return rows, False, False
+
+    def _chunk_of(self, rows: list[Any], more: bool, pending: Batch) -> list[Any]:
+        """Return the next chunk, of what has been read in the database and buffer."""
+        rest, reverse = self._rest, self._reverse
         key_of: Any = itemgetter(0) if self._values else bytes
         if rows and not rest.holds(key_of(rows[-1])):
             rows = [row for row in rows if rest.holds(key_of(row))]
             more = False
-        # Where either of the two sources was not read to its end, the chunk ends.
+        # Where either of the two was not read to its end, the chunk ends.
         ends = [key_of(rows[-1])] if more else []
         if len(pending) < len(self._ahead):
             ends.append(next(reversed(pending)))
@@ -229,30 +262,20 @@ class Scan(Pin):
         keys.sort(reverse=self._reverse)
         return [(key, merged[key]) for key in keys] if self._values else keys
 
-    def _copy(
-        self, txn: lmdb.Transaction[memoryview], entries: Iterable[Any]
-    ) -> tuple[list[Any], bool]:
-        """Read a chunk of limited size; return it and whether there is more."""
-        rows: list[Any] = []
-        size = 0
-        for view, value in entries:
-            key = bytes(view)
-            if not self._rest.holds(key):
-                break
-            size += len(value)
-            large = len(value) >= LARGE
-            if rows and (large or size > CHUNK_BYTES or len(rows) == self._count):
-                return rows, True
-            if large:
-                return [(key, LargeValue(self._env, txn, value))], True
-            rows.append((key, value.tobytes()))
-        return rows, False
-
     def detach(self) -> None:
         pass  # nothing of it is in the map
 
     def release(self) -> None:
         self._rows.clear()
+
+
+def _end_of(buffer: Batch, start: int) -> list[bytes]:
+    """Return the keys from the `start`-th on, the last one first."""
+    while True:
+        try:
+            return list(islice(reversed(buffer), max(0, len(buffer) - start)))
+        except RuntimeError:
+            pass  # the put of a signal handler or a finalizer came between
 
 
 class Tally(Pin):
@@ -274,33 +297,31 @@ class Tally(Pin):
             while env.repairing(env.repair, self._step):
                 pass
         finally:
-            self.release()  # an exception's traceback could keep it open
+            try:  # as in Gate
+                env.in_gate(self._abort)
+            finally:
+                pass
         return self._count
 
     def _step(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
         """Count some keys; return whether more are left."""
-        txn = self._txn
-        if txn is None:
-            txn = self._txn = self._start(begin)
+        if self._txn is None:
+            self._txn, pending = under(
+                self._env.buffer_lock, self._begin_at_once, begin
+            )
+            pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
+            self._rest = self._keys
+            self._count = adjustment(self._txn, pending)
         if self._keys == KeyRange():
-            self._count += txn.stat()["entries"]
+            self._count += self._txn.stat()["entries"]
             return False
-        keys = list(islice(_entries(txn, self._rest, False, False), _MAX_KEYS))
+        keys = list(islice(_entries(self._txn, self._rest, False, False), _MAX_KEYS))
         if not keys or not self._rest.holds(keys[-1]):
             self._count += sum(map(self._rest.holds, keys))
             return False
         self._count += len(keys)
         self._rest = self._rest.beyond(keys[-1], False)
         return True
-
-    def _start(
-        self, begin: Callable[..., lmdb.Transaction[Any]]
-    ) -> lmdb.Transaction[Any]:
-        txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
-        pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
-        self._rest = self._keys
-        self._count = adjustment(txn, pending)
-        return txn
 
     def _begin_at_once(
         self, begin: Callable[..., lmdb.Transaction[Any]]
@@ -311,6 +332,11 @@ class Tally(Pin):
         self._txn = None  # it counts once more, from the beginning
 
     def release(self) -> None:
+        self._txn = None
+
+    def _abort(self) -> None:
+        if self._txn is not None:
+            self._txn.abort()  # or the traceback of a KeyboardInterrupt keeps it
         self._txn = None
 
 

@@ -20,7 +20,7 @@ from ._views import StoreItemsView, StoreKeysView, StoreValuesView
 from .exceptions import ClosedError, GrowthError, LostWritesError, SizeError
 
 if TYPE_CHECKING:
-    from _typeshed import SupportsItems
+    from _typeshed import SupportsItems, SupportsKeysAndGetItem
     from typing_extensions import Self, TypeVar
 
     _K = TypeVar("_K", default="bytes | bytearray | memoryview | str")
@@ -620,25 +620,31 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             if self._exchange(encoded, _is_nothing, new):
                 return default
 
-    if not TYPE_CHECKING:  # it has the types of MutableMapping's own
+    def update(
+        self,
+        other: SupportsItems[_K, _V]
+        | SupportsKeysAndGetItem[_K, _V]
+        | Iterable[tuple[_K, _V]] = (),
+        /,
+        **more: _V,
+    ) -> None:
+        """Store what a mapping, or pairs, and keyword arguments hold.
 
-        def update(self, other=(), /, **more):
-            """Store what a mapping, or pairs, and keyword arguments hold.
+        One `put` after the other: through the buffer, with bounded memory, and not
+        atomic. `put_many` is.
 
-            One `put` after the other: through the buffer, with bounded memory, and
-            not atomic. `put_many` is.
+        Raises
+        ------
+        See `put`. What came before has been stored then.
+        """
+        for key in more:
+            self._codec.encode(key)
+        pairs: Any = other
+        if isinstance(other, LmdbObjectStore):
+            pairs = other.items()  # in one pass
+        super().update(pairs, **more)
 
-            Raises
-            ------
-            See `put`. What came before has been stored then.
-            """
-            for key in more:
-                self._codec.encode(key)
-            if isinstance(other, LmdbObjectStore):
-                other = other.items()  # in one pass
-            super().update(other, **more)
-
-    def __ior__(self, other: Mapping[_K, _V] | Iterable[tuple[_K, _V]]) -> Self:
+    def __ior__(self, other: SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]) -> Self:
         """Do `update`."""
         self.update(other)
         return self
