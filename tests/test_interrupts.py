@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from itertools import count
 
@@ -70,6 +71,8 @@ def fill(store):
     assert store["large"] == LARGE
     store["pending"] = 2
     store["bad pending"] = Bad()
+    store["z"] = 0
+    store.delete("default")
     return store
 
 
@@ -79,6 +82,8 @@ def check(store):
     assert store["put"] in ("old", "new")
     assert store["pending"] == 2
     assert store["large"] == LARGE
+    assert store.get("z") in (0, None)
+    assert store.get("default") in ("new", None)
     found, _ = store.get_many([f"batch {number}" for number in range(3)])
     [_] = set(found.values())
 
@@ -120,6 +125,36 @@ def look(store):
     assert store.exists("a")
 
 
+KEYS = ["a", "bad", "bad pending", "batch 0", "batch 1", "batch 2", "large", "pending"]
+KEYS += ["put", "z"]
+
+
+def keys(store):
+    assert list(store) == KEYS
+    assert list(reversed(store.keys(start="b"))) == KEYS[:0:-1]
+
+
+def items(store):
+    expected = [("large", LARGE), ("pending", 2), ("put", "old"), ("z", 0)]
+    assert list(store.items(start="l")) == expected
+    assert list(reversed(store.items(start="l"))) == expected[::-1]
+
+
+def lengths(store):
+    assert (len(store), len(store.keys("b"))) == (10, 5)
+    assert store.keys("batch") == set(KEYS[3:6])
+
+
+def fail_to_compare(store):
+    with pytest.raises(RuntimeError, match="Failed to unpickle DB key 'bad'"):
+        assert store == dict.fromkeys(KEYS, 1)
+
+
+def fail_to_pop(store):
+    with pytest.raises(RuntimeError, match="Failed to unpickle"):
+        store.pop("bad")
+
+
 def fail_to_get(store):
     with pytest.raises(RuntimeError, match="Failed to unpickle"):
         store["bad"]
@@ -141,8 +176,9 @@ def fail_to_put(store):
 
 
 READS = [
-    *(get, get_large, get_many, look),
+    *(get, get_large, get_many, look, keys, items, lengths),
     *(fail_to_get, fail_to_get_pending, fail_to_get_many, fail_to_put),
+    *(fail_to_compare, fail_to_pop),
 ]
 
 
@@ -181,6 +217,29 @@ def delete_item(store):
     del store["a"]
 
 
+def pop(store):
+    assert (store.pop("a"), store.pop("a", 2)) == (1, 2)
+
+
+def pop_a_batch(store):
+    store.batch_size = 1
+    pop(store)
+
+
+def popitem(store):
+    assert store.popitem() == ("z", 0)
+
+
+def popitem_a_batch(store):
+    store.batch_size = 1
+    popitem(store)
+
+
+def setdefault(store):
+    assert store.setdefault("default", "new") == "new"
+    assert store.setdefault("a", "new") == 1
+
+
 def flush(store):
     store["put"] = "new"
     store.flush()
@@ -194,7 +253,10 @@ def be_refused(store):
         store.put_many({f"batch {number}": LARGE for number in range(3)})
 
 
-WRITES = [put, put_a_batch, put_many, delete, delete_item, flush, be_refused]
+WRITES = [
+    *(put, put_a_batch, put_many, delete, delete_item, flush, be_refused),
+    *(pop, pop_a_batch, popitem, popitem_a_batch, setdefault),
+]
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -208,6 +270,56 @@ def test_a_write_may_be_interrupted_at_every_moment(open_filled, in_thread, writ
         check(store)
         in_thread(lambda: check_locks(store)).result()
     assert interrupted > 50
+    in_thread(lambda: grow_at_once(store)).result()
+    store.close()
+
+
+BIG = b"x" * 50_000  # three of these have no room
+FEW = ["a", "b", "c", "d"]
+ERASE = {
+    "clear": (lambda store: store.clear(), []),
+    "range": (lambda store: store.delete_many(store.keys(start="b")), ["a"]),
+    "list": (lambda store: store.delete_many(FEW[1:]), ["a"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("erase", "value"),
+    [(erase, b"") for erase in ERASE] + [("clear", BIG), ("range", BIG)],
+)
+def test_a_deletion_may_be_interrupted_at_every_moment(
+    open_store, in_thread, erase, value
+):
+    store = open_store(
+        key_encoding="utf-8",
+        autoflush_on_read=False,
+        map_size=2**17,
+        max_map_size=2**17,
+        growth_timeout=0,
+        sync=False,
+    )
+    action, nothing = ERASE[erase]
+
+    def prepare():
+        store.clear()
+        store.put_many(dict.fromkeys(FEW))
+        for key in FEW[1:]:
+            store[key] = value
+        return store
+
+    def check_locks():
+        with suppress(GrowthError):
+            store.flush()
+
+    outcomes = []
+    for _, result in every_step(prepare, action):
+        assert not isinstance(result, Exception)
+        outcomes.append(list(store))
+        assert outcomes[-1] in (FEW, nothing)
+        in_thread(check_locks).result()
+    assert len(outcomes) > 100
+    assert FEW in outcomes
+    assert outcomes[-1] == nothing
     in_thread(lambda: grow_at_once(store)).result()
     store.close()
 
@@ -315,6 +427,11 @@ operations = [
     lambda i: store.get_many([b"large", *(b"key %d" % n for n in range(50))]),
     lambda i: [b"key 1" in store, store.exists(b"key 2", flush=True)],
     lambda i: store.delete(b"key %d" % (i % 50)),
+    lambda i: store.pop(b"key %d" % (i % 50), None),
+    lambda i: store.setdefault(b"key %d" % (i % 50), i),
+    lambda i: [store.put(b"z", i), store.popitem()],
+    lambda i: store.delete_many(store.keys(b"batch") if i % 2 else [b"key 1", b"x"]),
+    lambda i: [len(store), *store, *reversed(store.items(b"key"))],
     lambda i: store.flush(),
 ]
 signal.signal(signal.SIGINT, handler)

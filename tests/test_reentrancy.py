@@ -94,6 +94,29 @@ def flush(store):
     return store.write_buffer
 
 
+def pop(store):
+    return store.pop("deleted"), store.pop("deleted", "gone")
+
+
+def popitem(store):
+    store["zz"] = 2
+    return store.popitem()
+
+
+def setdefault(store):
+    return store.setdefault("default", 3), store.setdefault("stored", 3)
+
+
+def delete_many(store):
+    store["deleted too"] = 1
+    return store.delete_many(store.keys("deleted")) + store.delete_many(["deleted"])
+
+
+def iterate(store):
+    forwards, backwards = list(store.items("st")), list(reversed(store.keys("st")))
+    return forwards, backwards, len(store.keys("st")), len(store) > 3
+
+
 INSIDE = {
     "get": (lambda store: store["stored"], 0),
     "get large": (lambda store: store["large"], LARGE),
@@ -111,6 +134,11 @@ INSIDE = {
     "delete": (delete, "gone"),
     "del": (delete_item, "gone"),
     "flush": (flush, {}),
+    "pop": (pop, (0, "gone")),
+    "popitem": (popitem, ("zz", 2)),
+    "setdefault": (setdefault, (3, 0)),
+    "delete_many": (delete_many, 2),
+    "iterate": (iterate, ([("stored", 0)], ["stored"], 1, True)),
 }
 
 
@@ -148,6 +176,23 @@ def in_keys_of_get_many(store, action):
     assert store.get_many(keys(), decode_keys=True)[0] == {"stored": 0, "pending": 1}
 
 
+def while_pickling_a_default(store, action):
+    WhenPickled.action = action
+    store.setdefault("outer", WhenPickled())
+    assert store["outer"] == "pickled"
+
+
+def in_keys_of_delete_many(store, action):
+    def keys():
+        yield "outer"
+        action()
+        yield "missing"
+
+    store["outer"] = 1
+    assert store.delete_many(keys()) == 1
+    assert "outer" not in store
+
+
 def unpickling(call, ballast, buffered):
     def where(store, action):
         WhenUnpickled.action = action
@@ -158,6 +203,14 @@ def unpickling(call, ballast, buffered):
             store["pending"] = 1
         if call == "get":
             assert store["outer"].ballast == ballast
+            return
+        if call == "items":
+            assert dict(store.items("o"))["outer"].ballast == ballast
+            return
+        if call in ("pop", "setdefault"):
+            taken = getattr(store, call)("outer", None)
+            assert taken.ballast == ballast
+            assert ("outer" in store) == (call == "setdefault")
             return
         keys = ["outer", "pending", "stored", "large"]
         found, _ = store.get_many(keys, decode_keys=True)
@@ -193,12 +246,14 @@ WRITING = {
     "pickling, put": while_pickling_a_put,
     "pickling, put_many": while_pickling_put_many,
     "items of put_many": in_items_of_put_many,
+    "pickling, setdefault": while_pickling_a_default,
+    "keys of delete_many": in_keys_of_delete_many,
 }
 READING = {
     f"unpickling, {call}, {size}, {'buffered' if buffered else 'stored'}": unpickling(
         call, ballast, buffered
     )
-    for call in ("get", "get_many")
+    for call in ("get", "get_many", "pop", "setdefault", "items")
     for size, ballast in (("small", b""), ("large", LARGE))
     for buffered in (False, True)
 }
@@ -240,7 +295,7 @@ def test_user_code_may_close_the_store_before_it_is_used(open_store, store, wher
     assert open_store(key_encoding="utf-8")["pending"] == 1
 
 
-@pytest.mark.parametrize("where", READING)
+@pytest.mark.parametrize("where", [w for w in READING if "items" not in w])
 def test_close_while_unpickling_is_refused(open_store, store, where):
     def close():
         with pytest.raises(BusyError, match="reading from the store"):
@@ -250,6 +305,50 @@ def test_close_while_unpickling_is_refused(open_store, store, where):
     store["after"] = 1
     store.close()
     assert open_store(key_encoding="utf-8")["after"] == 1
+
+
+@pytest.mark.parametrize("inside", ["pop", "popitem", "delete", "put", "clear"])
+@pytest.mark.parametrize("outer", ["pop", "popitem"])
+@pytest.mark.parametrize("buffered", [False, True])
+def test_an_entry_that_is_popped_may_be_changed_by_its_own_unpickling(
+    store, outer, inside, buffered
+):
+    calls = {
+        "pop": lambda: store.pop("zz"),
+        "popitem": store.popitem,
+        "delete": lambda: store.delete("zz"),
+        "put": lambda: store.put("zz", "new"),
+        "clear": store.clear,
+    }
+
+    def change():
+        WhenUnpickled.action = lambda: None
+        calls[inside]()
+
+    store["zz"] = WhenUnpickled()
+    if not buffered:
+        store.flush()
+    WhenUnpickled.action = change
+    if inside == "put":
+        assert store.pop("zz") == "new"
+    elif outer == "pop":
+        assert store.pop("zz", "gone") == "gone"
+    elif inside == "clear":
+        with pytest.raises(KeyError):
+            store.popitem()
+    else:
+        assert store.popitem() == ("stored", 0)
+    assert "zz" not in store
+
+
+@pytest.mark.parametrize("ballast", [b"", LARGE])
+def test_an_iteration_may_close_the_store_while_it_unpickles(store, ballast):
+    store.update(stored=WhenUnpickled(ballast), z=1)
+    WhenUnpickled.action = store.close
+    values = store.values(start="s")
+    with pytest.raises(ClosedError, match="closed"):
+        list(values)
+    assert store.closed
 
 
 def test_large_values_may_get_large_values(store):
@@ -338,7 +437,10 @@ class Visitor:
         assert store.get("missing") is None
         found = store.get_many(["stored", "visitor", "large"], decode_keys=True)[0]
         assert found == {"stored": 0, "visitor": self.visits, "large": LARGE}
-        for call in (self.flush, self.put_many, self.delete):
+        assert dict(store.items("s")) == {"stored": 0}
+        assert next(reversed(store.keys("v"))) == "visitor"
+        assert len(store) >= 3
+        for call in (self.flush, self.put_many, self.delete, self.pop):
             try:
                 call()
             except BusyError as error:
@@ -364,6 +466,11 @@ class Visitor:
     def delete(self):
         self.store["deleted"] = 0
         del self.store["deleted"]
+
+    def pop(self):
+        self.store["deleted"] = self.visits
+        assert self.store.setdefault("deleted") == self.visits
+        assert self.store.pop("deleted") == self.visits
 
     def check(self):
         """Nothing that was accepted is lost."""
@@ -404,12 +511,44 @@ def flush_pending(store):
     assert store["pending"] == 1
 
 
+def pop_both_ways(store):
+    store["doomed"] = store["zz"] = 1
+    assert (store.pop("doomed"), store.pop("doomed", 2)) == (1, 2)
+    assert store.popitem() == ("zz", 1)
+    assert "zz" not in store
+
+
+def set_a_default(store):
+    store.delete("default")
+    assert [store.setdefault("default", number) for number in range(2)] == [0, 0]
+
+
+def delete_a_few(store):
+    store.put_many({f"few {number}": number for number in range(3)})
+    store["few 3"] = 3
+    assert store.delete_many(["few 1", "few 5"]) == 1
+    assert store.delete_many(store.keys("few")) == 3
+    assert not list(store.keys("few"))
+
+
+def iterate_over_all(store):
+    items = dict(store.items())
+    assert (items["stored"], items["large"]) == (0, LARGE)
+    assert {"stored", "large"} <= {*reversed(store.keys())}
+    assert list(store.items("st")) == [("stored", 0)]
+    assert (len(store) > 1, len(store.keys("st"))) == (True, 1)
+
+
 OPERATIONS = [
     get_all,
     put_a_few,
     put_and_delete,
     put_many_over_pending,
     flush_pending,
+    pop_both_ways,
+    set_a_default,
+    delete_a_few,
+    iterate_over_all,
 ]
 
 
@@ -455,6 +594,38 @@ def test_a_signal_handler_may_use_the_store_at_every_moment_of_growth(
     assert refused > served > 100
 
 
+@pytest.mark.parametrize("value", [b"", b"x" * 50_000], ids=["room", "no room"])
+def test_a_signal_handler_never_sees_half_a_clear(open_store, value):
+    keys = ["a", "b", "c", "d"]
+    store = open_store(
+        key_encoding="utf-8",
+        autoflush_on_read=False,
+        map_size=2**17,
+        max_map_size=2**17,
+        sync=False,
+    )
+    seen = []
+
+    def look():
+        seen.append([key in store for key in keys])
+        seen.append([key in list(store) for key in keys])
+        store["visitor"] = 1
+        assert store["visitor"] == 1
+
+    def prepare():
+        store.clear()
+        store.put_many(dict.fromkeys(keys))
+        for key in keys[1:]:
+            store[key] = value
+        return store
+
+    with handling(look):
+        for _, result in every_step(prepare, lambda store: store.clear()):
+            assert result is None
+            assert list(store) in ([], ["visitor"])
+    assert {tuple(look) for look in seen} == {(True,) * 4, (False,) * 4}
+
+
 def put_over_and_over(store):
     # The buffer counts each of them, until it looks more closely.
     for _ in range(3):
@@ -471,8 +642,16 @@ def put_over_and_over(store):
         (lambda store: store.flush(), False, {}),
         (lambda store: store["stored"], False, {}),
         (lambda store: store.get_many(["stored"]), False, {}),
+        (lambda store: store.setdefault("accepted", 1), True, {}),
+        (lambda store: store.pop("missing", 0), False, {}),
+        (lambda store: store.delete_many(store.keys("x")), False, {}),
+        (lambda store: list(store.items()), False, {}),
+        (len, False, {}),
     ],
-    ids=["put", "put a batch", "overwrite", "put_many", "flush", "get", "get_many"],
+    ids=[
+        *("put", "put a batch", "overwrite", "put_many", "flush", "get", "get_many"),
+        *("setdefault", "pop", "delete_many", "items", "len"),
+    ],
 )
 def test_a_signal_handler_may_close_at_every_moment(
     open_store, operation, writes, options

@@ -244,7 +244,10 @@ class SharedEnvironment(Gate):
         try:
             return self._unpickle_many(pending, stored, len(keys))
         finally:
-            stored.release()
+            try:  # as in Gate
+                self.in_gate(self.end, stored.txn)
+            finally:
+                stored.release()
 
     def _unpickle_many(
         self, pending: Batch, stored: ManyValues, count: int
@@ -299,6 +302,15 @@ class SharedEnvironment(Gate):
         if pending is not ABSENT:
             return pending, True
         return self.repairing(self.repair, lambda begin: begin().get(key)), False
+
+    def end(self, txn: lmdb.Transaction[Any] | None) -> None:
+        """End a read transaction that something may still refer to.
+
+        The traceback of a KeyboardInterrupt does, and interactive Python keeps the
+        last one: the pages that it reads could not be used again. Call it in the gate.
+        """
+        if txn is not None and not self.closed:  # after a fork it is the parent's
+            txn.abort()
 
     def unpickle(self, key: bytes, raw: bytes, buffered: bool = True) -> Any:
         """Return the object of a pending write, or of what `look_up` returned."""
@@ -433,7 +445,22 @@ class SharedEnvironment(Gate):
         """Whether what is stored under `key`, or `pending`, is as expected."""
         if pending is not ABSENT:
             return expected(pending)
-        return self.repairing(self._repair, _look, key, expected)
+        return self.repairing(self._repair, self._look, key, expected)
+
+    def _look(
+        self,
+        begin: Callable[..., lmdb.Transaction[memoryview]],
+        key: bytes,
+        expected: Callable[[Any], bool],
+    ) -> bool:
+        txn = begin(None, None, False, True)
+        try:
+            return expected(txn.get(key))
+        finally:
+            try:  # as in Gate
+                self.end(txn)
+            finally:
+                pass
 
     def _is_full(self, limits: tuple[int, int], count: int = 0, size: int = 0) -> bool:
         """Whether to flush, if `count` more keys and `size` more bytes are put."""
@@ -1086,21 +1113,6 @@ def _delete_range(txn: lmdb.Transaction[Any], keys: KeyRange) -> int:
     while (key := cursor.key()) and keys.holds(key):
         cursor.delete()  # moves on to the next
     return before - txn.stat()["entries"]
-
-
-def _look(
-    begin: Callable[..., lmdb.Transaction[memoryview]],
-    key: bytes,
-    expected: Callable[[Any], bool],
-) -> bool:
-    txn = begin(None, None, False, True)
-    try:
-        return expected(txn.get(key))
-    finally:
-        try:  # as in Gate
-            txn.abort()  # or the traceback of a KeyboardInterrupt keeps it open
-        finally:
-            pass
 
 
 def _touch(txn: lmdb.Transaction[Any]) -> None:

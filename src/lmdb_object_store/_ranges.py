@@ -198,7 +198,7 @@ class Scan(Pin):
         finally:
             try:  # as in Gate
                 if not large:
-                    txn.abort()  # or the traceback of a KeyboardInterrupt keeps it
+                    self._env.end(txn)
             finally:
                 pass
         return self._chunk_of(rows, more, pending)
@@ -298,7 +298,7 @@ class Tally(Pin):
                 pass
         finally:
             try:  # as in Gate
-                env.in_gate(self._abort)
+                env.in_gate(env.end, self._txn)
             finally:
                 pass
         return self._count
@@ -332,11 +332,6 @@ class Tally(Pin):
         self._txn = None  # it counts once more, from the beginning
 
     def release(self) -> None:
-        self._txn = None
-
-    def _abort(self) -> None:
-        if self._txn is not None:
-            self._txn.abort()  # or the traceback of a KeyboardInterrupt keeps it
         self._txn = None
 
 

@@ -115,7 +115,7 @@ class LargeValue(Pin):
 class ManyValues(Pin):
     """The stored values of many keys, as they were at one moment, in chunks."""
 
-    __slots__ = ("_chunk_keys", "_gate", "_keys", "_next", "_rest", "_txn", "_views")
+    __slots__ = ("_chunk_keys", "_gate", "_keys", "_next", "_rest", "_views", "txn")
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class ManyValues(Pin):
         views: bool,
     ) -> None:
         self._gate = gate
-        self._txn: lmdb.Transaction[Any] | None = txn
+        self.txn: lmdb.Transaction[Any] | None = txn
         self._views = views  # whether the transaction gives views of the map
         self._keys = keys
         self._next = 0  # where in the keys to go on
@@ -138,7 +138,7 @@ class ManyValues(Pin):
 
         That is None, or for `load`. Call it in the gate.
         """
-        txn = self._txn
+        txn = self.txn
         if txn is None:
             return self._rest.pop() if self._rest else ([], [])
         keys, values = self._read(txn, self._next)
@@ -171,7 +171,7 @@ class ManyValues(Pin):
         return LargeValue(self._gate, txn, view)
 
     def detach(self) -> None:
-        txn = self._txn
+        txn = self.txn
         if txn is None:
             return
         rest = []
@@ -185,8 +185,8 @@ class ManyValues(Pin):
         rest.reverse()
         # Only now, so that an interrupt before loses nothing.
         self._rest = rest
-        self._txn = None
+        self.txn = None
 
     def release(self) -> None:
         self._rest = []
-        self._txn = None
+        self.txn = None

@@ -1,6 +1,13 @@
 """What a type checker infers for users of the store. Checked, never run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import (
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    MutableMapping,
+    ValuesView,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +151,108 @@ def decoding() -> None:
     store.get_many(keys, True)  # type: ignore[call-overload]
 
 
+def mapping(user: User) -> None:
+    store = LmdbObjectStore[str, User]("p", key_encoding="utf-8")
+    as_mapping: MutableMapping[str, User] = store
+    assert_type(as_mapping["ann"], User)
+    assert_type(iter(store), Iterator[str])
+    assert_type(reversed(store), Iterator[str])
+    assert_type(list(store), list[str])
+    assert_type(dict(store), dict[str, User])
+    assert_type(len(store), int)
+    assert_type(bool(store), bool)
+    assert_type(repr(store), str)
+    assert_type(store == {"ann": user}, bool)
+    for name in store:
+        assert_type(name, str)
+
+
+def mapping_without_annotations() -> None:
+    store = LmdbObjectStore("p")
+    any_key = bytes | bytearray | memoryview | str
+    assert_type(iter(store), Iterator[any_key])
+    assert_type(store.popitem(), tuple[any_key, Any])
+    assert_type(store.pop(b"ann"), Any)
+    assert_type(store.setdefault(b"ann", 1), Any)
+    assert_type(list(store.items("a")), list[tuple[any_key, Any]])
+    ages = {"ann": 40}
+    store.update(ages)
+    store.update(LmdbObjectStore[bytes, int]("q"))
+    store.update(ages.items(), bob=1)
+    store.update(ann=1)
+    store |= ages
+    store |= LmdbObjectStore[bytes, int]("q")
+    store.delete_many(ages)
+
+
+def views() -> None:
+    store = LmdbObjectStore[str, User]("p", key_encoding="utf-8")
+    keys: KeysView[str] = store.keys()
+    values: ValuesView[User] = store.values()
+    items: ItemsView[str, User] = store.items()
+    assert_type(iter(keys), Iterator[str])
+    for key in store.keys("a", start="an", stop="b"):
+        assert_type(key, str)
+    for value in store.values(prefix="a", start="an", stop="b"):
+        assert_type(value, User)
+    for key, value in store.items("a", start=None, stop="b"):
+        assert_type(key, str)
+        assert_type(value, User)
+    assert_type(next(iter(values)), User)
+    assert_type(next(iter(items)), tuple[str, User])
+    assert_type(next(reversed(store.keys())), str)
+    assert_type(next(reversed(store.values())), User)
+    assert_type(next(reversed(store.items())), tuple[str, User])
+    assert_type(len(store.keys("a")), int)
+    assert_type("ann" in store.keys("a"), bool)
+    assert_type(store.keys() & {"ann"}, set[str])
+    assert_type(store.keys() - {"ann"}, set[str])
+    assert_type(store.keys() | {5}, set[str | int])
+    assert_type(store.keys().isdisjoint(["ann"]), bool)
+    assert_type(store.items() & store.items("a"), set[tuple[str, User]])
+
+    store.keys(b"a")  # type: ignore[arg-type]
+    store.keys(5)  # type: ignore[arg-type]
+    store.values(start=b"a")  # type: ignore[arg-type]
+    store.items(stop=b"a")  # type: ignore[arg-type]
+    store.keys("a", "b")  # type: ignore[call-arg]
+
+
+def changes(user: User) -> None:
+    store = LmdbObjectStore[str, User]("p", key_encoding="utf-8")
+    assert_type(store.pop("ann"), User)
+    assert_type(store.pop("ann", None), User | None)
+    assert_type(store.pop("ann", user), User)
+    assert_type(store.pop("ann", default=0), User | int)
+    assert_type(store.popitem(), tuple[str, User])
+    assert_type(store.setdefault("ann", user), User)
+    optional = LmdbObjectStore[str, User | None]("p", key_encoding="utf-8")
+    assert_type(optional.setdefault("ann"), User | None)
+    assert_type(optional.setdefault("ann", user), User | None)
+    store.update({"ann": user})
+    store.update([("ann", user)])
+    store.update(store.items("a"), bob=user)
+    store.update(store)
+    store.update(bob=user)
+    store |= {"ann": user}
+    store |= [("ann", user)]
+    assert_type(store, LmdbObjectStore[str, User])
+    assert_type(store.delete_many(["ann"]), int)
+    assert_type(store.delete_many(store.keys("a")), int)
+    assert_type(store.delete_many(name for name in store), int)
+    store.clear()
+
+    store.pop(b"ann")  # type: ignore[call-overload]
+    store.setdefault("ann")  # type: ignore[call-arg]
+    store.setdefault("ann", 5)  # type: ignore[arg-type]
+    store.setdefault(b"ann", user)  # type: ignore[arg-type]
+    store.update({"ann": 5})  # type: ignore[arg-type]
+    store.update(bob=5)  # type: ignore[arg-type]
+    store |= {"ann": 5}  # type: ignore[arg-type]
+    store.delete_many([b"ann"])  # type: ignore[list-item]
+    store.delete_many(5)  # type: ignore[arg-type]
+
+
 def life_cycle() -> None:
     with LmdbObjectStore[str, User]("p") as store:
         assert_type(store, LmdbObjectStore[str, User])
@@ -192,3 +301,6 @@ def subclass() -> None:
     with UserStore("p", key_encoding="utf-8") as store:
         assert_type(store, UserStore)
         assert_type(store.get("ann"), User | None)
+        assert_type(list(store.keys("a")), list[str])
+        store |= {"ann": User("Ann")}
+        assert_type(store, UserStore)
