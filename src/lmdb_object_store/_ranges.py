@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from ._keys import KeyCodec
 
 CHUNK_BYTES = 2**20
-"""Bytes of values that one chunk copies (one large value is a chunk by itself)."""
+"""Bytes of values up to which a chunk is copied without looking at their sizes."""
+_ROOM = 2**18
+"""Bytes of values in a chunk, where one looks: what fits in a CPU's cache.
+
+A large value is a chunk by itself.
+"""
 _FIRST_CHUNK = 8  # entries: whoever wants the first one pays for few others
 _MAX_CHUNK = 1024
 _MAX_KEYS = 4096  # in a chunk without values
@@ -211,20 +216,21 @@ class Scan(Pin):
 
         Return it, whether there may be more, and whether it needs the transaction.
         """
+        low, high = self._rest
         rows: list[Any] = []
-        size = 0
-        for view, value in self._entries(txn):
+        room = _ROOM
+        for view, value in islice(self._entries(txn), self._count):
             key = bytes(view)
-            if not self._rest.holds(key):
-                break
-            size += len(value)
-            large = len(value) >= LARGE
-            if rows and (large or size > CHUNK_BYTES or len(rows) == self._count):
+            if key < low or (high is not None and key >= high):
+                return rows, False, False
+            size = len(value)
+            room -= size
+            if rows and (room < 0 or size >= LARGE):
                 return rows, True, False
-            if large:
+            if size >= LARGE:
                 return [(key, LargeValue(self._env, txn, value))], True, True
             rows.append((key, value.tobytes()))
-        return rows, False, False
+        return rows, len(rows) == self._count, False
 
     def _chunk_of(self, rows: list[Any], more: bool, pending: Batch) -> list[Any]:
         """Return the next chunk, of what has been read in the database and buffer."""
