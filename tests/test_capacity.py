@@ -392,3 +392,53 @@ def test_closing_a_full_store_raises_and_tells_what_was_lost(open_capped):
     assert len(lost) == min(9, refused)
     with LmdbObjectStore(store.db_path) as again:
         assert entries(again) == refused - len(lost)
+
+
+# Deleting much at the cap
+
+
+@ENGINES
+@pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
+@pytest.mark.parametrize("batch_size", [1, 10, 10_000])
+def test_a_full_store_can_be_cleared(open_capped, engine, cap, batch_size):
+    for size in (KIB // 50, KIB // 2, 2 * KIB, cap // 8, cap // 3):
+        if not 3 <= cap // size <= 1500:
+            continue  # takes long
+        store = open_capped(cap, batch_size, **engine, autoflush_on_read=False)
+        for erase in (store.clear, lambda store=store: store.delete_many(store.keys())):
+            full = 0
+            with contextlib.suppress(lmdb.MapFullError):
+                while full < 2 * cap // size:  # what just buffers is never refused
+                    store.put(key_of(full), b"x" * size)
+                    full += 1
+            assert erase() in (full, None)
+            assert (len(store), list(store), store.write_buffer) == (0, [], {})
+        store.put(b"new", 1)
+        store.flush()
+        assert store[b"new"] == 1
+        store.close()
+
+
+@pytest.mark.parametrize("lib_version", [0, 1])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_deleted_at_the_cap_is_counted_right(open_capped, lib_version, seed):
+    chance = random.Random(seed)
+    store = open_capped(512 * KIB, 10**6, lib_version=lib_version)
+    store.autoflush_on_read = False
+    model = dict.fromkeys(map(key_of, range(100)), 1)
+    store.put_many(model)
+    for number in chance.sample(range(150), 100):
+        if chance.random() < 0.3:
+            store.delete(key_of(number))
+            model.pop(key_of(number), None)
+        else:
+            model[key_of(number)] = bytes(30 * KIB)
+            store.put(key_of(number), model[key_of(number)])
+    middle = store.keys(start=key_of(30), stop=key_of(120))
+    gone = [key for key in sorted(model) if key_of(30) <= key < key_of(120)]
+    assert store.delete_many(chance.choice([middle, [*gone, b"missing"]])) == len(gone)
+    for key in gone:
+        del model[key]
+    assert dict(store) == model
+    store.clear()
+    assert len(store) == 0

@@ -105,6 +105,49 @@ def test_kill_leaves_all_or_nothing_of_each_batch(tmp_path, lib_version):
         start = many + 2
 
 
+DELETE_FOR_EVER = """
+import sys
+from lmdb_object_store import LmdbObjectStore
+path, lib_version, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+store = LmdbObjectStore(path, 50, map_size=65536, lib_version=lib_version)
+store.put_many({b"kept": 1})
+for number in range(10**9):
+    size = number * 37 % 4000
+    store.put_many((b"many%d" % key, bytes(size)) for key in range(40))
+    for key in range(30):
+        store.put(b"many%d" % key, [number, bytes(size)])
+    if how == "clear":
+        store.clear()
+        store.put_many({b"kept": 1})
+    elif how == "range":
+        assert store.delete_many(store.keys(b"many")) == 40
+    else:
+        assert store.delete_many(b"many%d" % key for key in range(50)) == 40
+    print(number, flush=True)
+"""
+
+
+@ENGINES
+@pytest.mark.parametrize("how", ["clear", "range", "list"])
+def test_kill_leaves_all_or_nothing_of_what_is_deleted(tmp_path, lib_version, how):
+    chance = random.Random(lib_version)
+    path = tmp_path / "db"
+    for _ in range(6):
+        command = [sys.executable, "-c", DELETE_FOR_EVER, path, lib_version, how]
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as child:
+            try:
+                for _ in range(chance.randint(3, 40)):
+                    assert child.stdout.readline()
+            finally:
+                child.kill()
+        verify(path)
+        with LmdbObjectStore(path) as store:
+            assert len(store.keys(b"many")) in (0, 40)
+            assert len(store) - len(store.keys(b"many")) == (b"kept" in store)
+            if how != "clear":
+                assert b"kept" in store
+
+
 # Interrupted iterables
 
 
@@ -196,6 +239,23 @@ def test_a_full_disk(run, small_disks, lib_version):
         print("ok")
     """
     run(FULL_DISK + textwrap.dedent(freed), lib_version, prefix=MOUNT)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
+@ENGINES
+@pytest.mark.parametrize("erase", ["store.clear()", "store.delete_many(store.keys())"])
+def test_a_full_disk_can_be_cleared(run, small_disks, lib_version, erase):
+    script = FULL_DISK.replace('os.unlink("disk/ballast")', erase) + textwrap.dedent("""
+        assert (len(store), list(store), store.write_buffer) == (0, [], {})
+        store.put_many({b"%d" % n: value for n in range(10)})
+        store.close(strict=True)
+        with LmdbObjectStore("disk/db") as store:
+            assert len(store) == 10
+        from lmdb.verify import verify
+        assert not verify("disk/db")
+        print("ok")
+    """)
+    run(script, lib_version, prefix=MOUNT)
 
 
 @pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
@@ -364,6 +424,22 @@ def remove(store):
     return b"small" in store
 
 
+def take(store):
+    taken = store.pop(b"new"), store.pop(b"small"), store.setdefault(b"small", 1)
+    store[b"new"] = taken[0]
+    last = store.popitem()
+    store.put(*last)
+    return taken, last
+
+
+def erase(store):
+    values = dict(store)
+    count = store.delete_many(store.keys(b"s"))
+    store.clear()
+    store.put_many(values)
+    return count
+
+
 @linux_only
 @ENGINES
 @pytest.mark.parametrize(
@@ -377,8 +453,16 @@ def remove(store):
         (lambda store: store.flush(), None),
         (put_many, 1),
         (remove, True),
+        (take, ((3, 1, 1), (b"small", 1))),
+        (erase, 1),
+        (sorted, [b"changed", b"large", b"new", b"small"]),
+        (lambda store: next(reversed(store.items())), (b"small", 1)),
+        (lambda store: (len(store), len(store.keys(b"n"))), (4, 1)),
     ],
-    ids=["get", "large", "none", "in", "get_many", "flush", "put_many", "del"],
+    ids=[
+        *("get", "large", "none", "in", "get_many", "flush", "put_many", "del"),
+        *("pop", "clear", "keys", "items", "len"),
+    ],
 )
 def test_an_environment_that_lmdb_gave_up_is_reopened(panicked, caplog, use, expected):
     store, values = panicked

@@ -237,6 +237,7 @@ class StoreAsDict(RuleBasedStateMachine):
                         break
                     self.model[encoded(key)] = value
                 self.agrees()  # otherwise a refused write has changed nothing
+                self.go_on()
                 assert self.store.max_map_size < 2**30
                 self.options["max_map_size"] += self.store.max_map_size // 2
                 self.store.max_map_size = self.options["max_map_size"]
@@ -430,6 +431,10 @@ class StoreAsDict(RuleBasedStateMachine):
         return found
 
     @invariant()
+    def count_step(self):
+        StoreAsDict.steps += 1
+
+    @invariant()
     def agrees(self):
         pending = dict(self.store.write_buffer)
         assert self.stored() == self.model
@@ -463,7 +468,6 @@ class StoreAsDict(RuleBasedStateMachine):
 
     @invariant()
     def go_on(self):
-        StoreAsDict.steps += 1
         for walk in self.walks[:]:
             walk.observe(self.model)
             if not walk.advance(walk.pace):

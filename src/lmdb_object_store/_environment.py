@@ -67,8 +67,8 @@ _DISK_CODES |= {39, 112} if os.name == "nt" else set()
 MAX_VALUE = 2**32 - 1  # MAXDATASIZE in LMDB's mdb.c
 _EVERYTHING = 2**60
 """The entries of a deletion whose number isn't known."""
-_DROP_RESERVE = 4
-"""Pages that deleting everything has to leave at the cap, for `_recycle`."""
+_RECYCLE_PAGES = 4
+"""Pages that `_recycle` needs beside those on the way to a key."""
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
 _READ_FLUSH_PAUSE = 1.0
@@ -537,25 +537,20 @@ class SharedEnvironment(Gate):
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         """Delete `keys` in one transaction; return how many existed."""
-        count = len(keys)
         work = partial(_delete, keys=sorted(keys))
-        reserve = self._deletion_reserve(count)
-        return self.as_writer(self._erase, work, keys.__contains__, count, reserve)
+        return self.as_writer(self._erase, work, keys.__contains__, len(keys))
 
     def delete_range(self, keys: KeyRange) -> int:
         """Delete a key range in one transaction; return how many existed."""
-        if keys == KeyRange():
-            work, reserve = self._drop, _DROP_RESERVE
-        else:
-            work = partial(_delete_range, keys=keys)
-            reserve = self._deletion_reserve(_EVERYTHING)
-        return self.as_writer(self._erase, work, keys.holds, _EVERYTHING, reserve)
+        whole = keys == KeyRange()
+        work = self._drop if whole else partial(_delete_range, keys=keys)
+        return self.as_writer(self._erase, work, keys.holds, _EVERYTHING)
 
     def _erase(
         self,
         work: Callable[[lmdb.Transaction[Any]], int],
         covers: Callable[[bytes], bool],
-        *size: int,
+        count: int,
     ) -> int:
         self.check_writable()
         try:
@@ -564,15 +559,15 @@ class SharedEnvironment(Gate):
             # There is no room for what is pending, so some of it has to go, too.
             # With the database, at one moment for all: no read comes between.
             return self.alone(
-                self.growth_timeout, self._erase_pending, work, covers, *size
+                self.growth_timeout, self._erase_pending, work, covers, count
             )
-        return self._write(work, {}, *size)
+        return self._write(work, {}, count, None)
 
     def _erase_pending(
         self,
         work: Callable[[lmdb.Transaction[Any]], int],
         covers: Callable[[bytes], bool],
-        *size: int,
+        count: int,
     ) -> int:
         pending = dict(self.buffer)
         erased = {key: pending[key] for key in filter(covers, pending)}
@@ -580,6 +575,7 @@ class SharedEnvironment(Gate):
 
         def erase(txn: lmdb.Transaction[Any]) -> int:
             existed = adjustment(txn, erased) + work(txn)
+            _touch(txn)  # or a commit that changes nothing leaves no trace
             after[:] = txn.id(), txn.stat()["entries"]
             return existed
 
@@ -589,7 +585,7 @@ class SharedEnvironment(Gate):
                 self._settle(pending, erased)
 
         try:
-            existed = self._write(erase, {}, *size)
+            existed = self._write(erase, {}, count, None)
             settle()
         except BaseException:  # a KeyboardInterrupt may come after the commit
             settle()
@@ -714,30 +710,29 @@ class SharedEnvironment(Gate):
             keys = [key for key in keys if batch[key] is not None]
         puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
         work = partial(_apply, deletions=deletions, puts=puts)
-        count = len(batch)
-        reserve = self._reserve_pages() if puts else self._deletion_reserve(count)
-        self._write(work, batch, count, reserve)
-
-    def _deletion_reserve(self, count: int) -> int:
-        """Pages that deleting `count` entries has to leave."""
-        return max(8, self._reserve_pages() // 2) if count > 1 else 0
+        reserve = self._reserve_pages()
+        if not puts:
+            reserve = max(8, reserve // 2)
+        self._write(work, batch, len(batch), reserve)
 
     def _write(
         self,
         work: Callable[[lmdb.Transaction[Any]], _R],
         batch: Batch,
         count: int,
-        reserve: int,
+        reserve: int | None,
     ) -> _R:
         """Do `work` in one transaction, whatever it takes.
 
-        It writes `batch` and touches `count` entries in all, and at the cap has to
-        leave `reserve` pages.
+        It puts what `batch` has, and writes or deletes `count` entries in all. If
+        that is not a single deletion, at the cap it has to leave `reserve` pages,
+        or just those that `_recycle` needs.
         """
+        free = count <= 1 and not any(batch.values())
         while True:
             begin = self._begin
             try:
-                if reserve and self._near_cap(batch, count):
+                if not free and self._near_cap(batch, count):
                     self._rehearse(begin, work, reserve)
                 return _transact(begin, work)
             except lmdb.MapFullError:
@@ -763,14 +758,15 @@ class SharedEnvironment(Gate):
         self,
         begin: Callable[..., lmdb.Transaction[Any]],
         work: Callable[[lmdb.Transaction[Any]], Any],
-        reserve: int,
+        reserve: int | None,
     ) -> None:
         """Raise `lmdb.MapFullError` if `work` would use up the reserve."""
         filler = bytes(self._page_size - 64)  # takes a page of its own
-        puts = [(_spare_key(number), filler) for number in range(reserve)]
 
         def work_and_fill(txn: lmdb.Transaction[Any]) -> None:
             work(txn)
+            pages = reserve or _RECYCLE_PAGES + txn.stat()["depth"]
+            puts = [(_spare_key(number), filler) for number in range(pages)]
             txn.cursor().putmulti(puts)
 
         _transact(begin, work_and_fill, commit=False)
