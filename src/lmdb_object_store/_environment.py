@@ -245,7 +245,7 @@ class SharedEnvironment(Gate):
             return self._unpickle_many(pending, stored, len(keys))
         finally:
             try:  # as in Gate
-                self.in_gate(self.end, stored.txn)
+                self.in_gate(stored.end)
             finally:
                 stored.release()
 
@@ -302,15 +302,6 @@ class SharedEnvironment(Gate):
         if pending is not ABSENT:
             return pending, True
         return self.repairing(self.repair, lambda begin: begin().get(key)), False
-
-    def end(self, txn: lmdb.Transaction[Any] | None) -> None:
-        """End a read transaction that something may still refer to.
-
-        The traceback of a KeyboardInterrupt does, and interactive Python keeps the
-        last one: the pages that it reads could not be used again. Call it in the gate.
-        """
-        if txn is not None and not self.closed:  # after a fork it is the parent's
-            txn.abort()
 
     def unpickle(self, key: bytes, raw: bytes, buffered: bool = True) -> Any:
         """Return the object of a pending write, or of what `look_up` returned."""
@@ -458,7 +449,8 @@ class SharedEnvironment(Gate):
             return expected(txn.get(key))
         finally:
             try:  # as in Gate
-                self.end(txn)
+                if not self.closed:  # in a forked child
+                    txn.abort()  # see `Pin.end`
             finally:
                 pass
 

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from threading import RLock, get_ident
 from typing import Any, TypeVar
 
+import lmdb
+
 from .exceptions import BusyError
 
 _R = TypeVar("_R")
@@ -52,7 +54,10 @@ def under(lock: RLock, action: Callable[..., _R], *args: Any) -> _R:
 class Pin(ABC):
     """A read that spans several passages of the gate. Weakly known to the gate."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "txn")
+
+    def __init__(self, txn: lmdb.Transaction[Any] | None = None) -> None:
+        self.txn = txn  # None once it is detached or released
 
     @abstractmethod
     def detach(self) -> None:
@@ -61,9 +66,18 @@ class Pin(ABC):
         Called by whoever holds the gate alone; calling it again does nothing.
         """
 
-    @abstractmethod
     def release(self) -> None:
         """Let go of the transaction."""
+        self.txn = None
+
+    def end(self) -> None:
+        """End the transaction, whoever else refers to it. Call it in the gate.
+
+        The traceback of a KeyboardInterrupt does, and interactive Python keeps the
+        last one: LMDB could not use the pages again that the transaction shows.
+        """
+        if self.txn is not None:
+            self.txn.abort()
 
 
 class Gate:

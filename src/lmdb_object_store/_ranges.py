@@ -55,11 +55,9 @@ class KeyRange(NamedTuple):
         return KeyRange(low, end if self.high is None else min(end, self.high))
 
 
-def _entries(
-    txn: lmdb.Transaction[Any], keys: KeyRange, reverse: bool, values: bool
-) -> Any:
+def _entries(txn: Any, keys: KeyRange, reverse: bool, values: bool) -> Any:
     """Iterate over a range and what comes after it: pairs, or only the keys."""
-    cursor: Any = txn.cursor()
+    cursor = txn.cursor()
     if not reverse:
         found = cursor.set_range(keys.low)
     elif keys.high is not None and cursor.set_range(keys.high):
@@ -86,6 +84,7 @@ class Scan(Pin):
     def __init__(
         self, env: SharedEnvironment, keys: KeyRange, reverse: bool, values: bool
     ) -> None:
+        super().__init__()
         self._env = env
         self._rest = keys
         self.more = True
@@ -192,45 +191,42 @@ class Scan(Pin):
 
     def _read(self, begin: Callable[..., lmdb.Transaction[Any]]) -> list[Any]:
         self._views = self._values and self._env.has_large_values()
-        txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
-        large = False
         try:
+            self.txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
             if self._views:
-                rows, more, large = self._copy(txn)
+                rows, more = self._copy(self.txn)
             else:
-                rows = list(islice(self._entries(txn), self._count))
+                rows = list(self._entries())
                 more = len(rows) == self._count
         finally:
             try:  # as in Gate
-                if not large:
-                    self._env.end(txn)
+                self.end()
             finally:
-                pass
+                self.txn = None
         return self._chunk_of(rows, more, pending)
 
-    def _entries(self, txn: lmdb.Transaction[Any]) -> Any:
-        return _entries(txn, self._rest, self._reverse, self._values)
+    def _entries(self) -> Iterator[Any]:
+        entries = _entries(self.txn, self._rest, self._reverse, self._values)
+        return islice(entries, self._count)
 
-    def _copy(self, txn: lmdb.Transaction[memoryview]) -> tuple[list[Any], bool, bool]:
-        """Read a chunk of limited size.
-
-        Return it, whether there may be more, and whether it needs the transaction.
-        """
+    def _copy(self, txn: lmdb.Transaction[memoryview]) -> tuple[list[Any], bool]:
+        """Read a chunk of limited size; return it and whether there may be more."""
         low, high = self._rest
         rows: list[Any] = []
         room = _ROOM
-        for view, value in islice(self._entries(txn), self._count):
+        for view, value in self._entries():
             key = bytes(view)
             if key < low or (high is not None and key >= high):
-                return rows, False, False
+                return rows, False
             size = len(value)
             room -= size
             if rows and (room < 0 or size >= LARGE):
-                return rows, True, False
+                return rows, True
             if size >= LARGE:
-                return [(key, LargeValue(self._env, txn, value))], True, True
+                self.txn = None  # it goes on with the value
+                return [(key, LargeValue(self._env, txn, value))], True
             rows.append((key, value.tobytes()))
-        return rows, len(rows) == self._count, False
+        return rows, len(rows) == self._count
 
     def _chunk_of(self, rows: list[Any], more: bool, pending: Batch) -> list[Any]:
         """Return the next chunk, of what has been read in the database and buffer."""
@@ -272,6 +268,7 @@ class Scan(Pin):
         pass  # nothing of it is in the map
 
     def release(self) -> None:
+        super().release()
         self._rows.clear()
 
 
@@ -287,13 +284,13 @@ def _end_of(buffer: Batch, start: int) -> list[bytes]:
 class Tally(Pin):
     """The number of entries in a key range, pending writes included, at one moment."""
 
-    __slots__ = ("_count", "_env", "_keys", "_rest", "_txn")
+    __slots__ = ("_count", "_env", "_keys", "_rest")
 
     def __init__(self, env: SharedEnvironment, keys: KeyRange) -> None:
+        super().__init__()
         self._env = env
         self._keys = self._rest = keys
         self._count = 0
-        self._txn: lmdb.Transaction[Any] | None = None
         env.pin(self)
 
     def result(self) -> int:
@@ -304,24 +301,22 @@ class Tally(Pin):
                 pass
         finally:
             try:  # as in Gate
-                env.in_gate(env.end, self._txn)
+                env.in_gate(self.end)
             finally:
-                pass
+                self.release()
         return self._count
 
     def _step(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
         """Count some keys; return whether more are left."""
-        if self._txn is None:
-            self._txn, pending = under(
-                self._env.buffer_lock, self._begin_at_once, begin
-            )
+        if self.txn is None:
+            self.txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
             pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
             self._rest = self._keys
-            self._count = adjustment(self._txn, pending)
+            self._count = adjustment(self.txn, pending)
         if self._keys == KeyRange():
-            self._count += self._txn.stat()["entries"]
+            self._count += self.txn.stat()["entries"]
             return False
-        keys = list(islice(_entries(self._txn, self._rest, False, False), _MAX_KEYS))
+        keys = list(islice(_entries(self.txn, self._rest, False, False), _MAX_KEYS))
         if not keys or not self._rest.holds(keys[-1]):
             self._count += sum(map(self._rest.holds, keys))
             return False
@@ -335,10 +330,7 @@ class Tally(Pin):
         return begin(), dict(self._env.buffer)
 
     def detach(self) -> None:
-        self._txn = None  # it counts once more, from the beginning
-
-    def release(self) -> None:
-        self._txn = None
+        self.txn = None  # it counts once more, from the beginning
 
 
 def adjustment(txn: lmdb.Transaction[Any], pending: Batch) -> int:

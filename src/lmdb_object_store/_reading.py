@@ -52,13 +52,13 @@ class LargeValue(Pin):
     the unpickler wants it, and the unpickler's own code runs outside.
     """
 
-    __slots__ = ("_gate", "_position", "_txn", "_view")
+    __slots__ = ("_gate", "_position", "_view")
 
     def __init__(
         self, gate: Gate, txn: lmdb.Transaction[memoryview], view: memoryview
     ) -> None:
+        super().__init__(txn)
         self._gate = gate
-        self._txn: lmdb.Transaction[memoryview] | None = txn
         self._view = view
         self._position = 0
         gate.pin(self)
@@ -103,19 +103,19 @@ class LargeValue(Pin):
             size *= 2
 
     def detach(self) -> None:
-        if self._txn is not None:
+        if self.txn is not None:
             self._view = memoryview(self._view.tobytes())
-        self._txn = None
+        self.txn = None
 
     def release(self) -> None:
         self._view = memoryview(b"")
-        self._txn = None
+        self.txn = None
 
 
 class ManyValues(Pin):
     """The stored values of many keys, as they were at one moment, in chunks."""
 
-    __slots__ = ("_chunk_keys", "_gate", "_keys", "_next", "_rest", "_views", "txn")
+    __slots__ = ("_chunk_keys", "_gate", "_keys", "_next", "_rest", "_views")
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class ManyValues(Pin):
         keys: list[bytes],
         views: bool,
     ) -> None:
+        super().__init__(txn)
         self._gate = gate
-        self.txn: lmdb.Transaction[Any] | None = txn
         self._views = views  # whether the transaction gives views of the map
         self._keys = keys
         self._next = 0  # where in the keys to go on
