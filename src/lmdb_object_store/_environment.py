@@ -497,7 +497,7 @@ class SharedEnvironment(Gate):
                 return False
         if not self._holds(key, pending.get(key, ABSENT), expected):
             return False
-        if not under(self.buffer_lock, self._delete_if_still, pending, key, len(key)):
+        if not under(self.buffer_lock, self._delete_if_last, pending, key, len(key)):
             return False
         if self._is_full(limits):
             # Unlike in `_exchange` it is in the buffer already: while an `extra` of
@@ -509,10 +509,11 @@ class SharedEnvironment(Gate):
                     raise
         return True
 
-    def _delete_if_still(self, pending: Batch, key: bytes, size: int) -> bool:
-        # No call from the comparison to the end: see put.
+    def _delete_if_last(self, pending: Batch, key: bytes, size: int) -> bool:
         if self.buffer != pending:
-            return False
+            for other, raw in list(self.buffer.items()):
+                if other >= key and raw is not pending.get(other, ABSENT):
+                    return False
         self.buffer[key] = None
         self.buffer_bytes += size
         return True

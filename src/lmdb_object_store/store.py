@@ -33,6 +33,7 @@ else:
     _V = TypeVar("_V")
 
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
+_ATTEMPTS = 10  # of popitem at an entry that is the last one all the time
 
 
 class LmdbObjectStore(MutableMapping[_K, _V]):
@@ -538,7 +539,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         return env.delete_many(set(map(self._codec.encode, keys)))
 
     def clear(self) -> None:
-        """Delete everything, in one transaction. Pending writes are flushed first."""
+        """Delete everything, in one transaction, as `delete_many` does."""
         self._env.delete_range(KeyRange())
 
     # Reading and writing as one step for all threads of this process. A value is
@@ -574,7 +575,8 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
     def popitem(self) -> tuple[_K, _V]:
         """Delete the last entry and return its key and value, or raise KeyError.
 
-        One step for all threads of this process.
+        One step for all threads of this process. (Where others put later keys all
+        the time, the entry may have been the last one a moment ago.)
 
         Raises
         ------
@@ -582,12 +584,19 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         """
         env = self._env
         env.check_writable()
+        attempts = 0
         while (key := env.last_key()) is not None:
+            attempts += 1
             raw, buffered = env.look_up(key)
             if raw is None:
                 continue  # another thread was faster
             value = env.unpickle(key, raw, buffered)
-            if env.remove_last(key, partial(_is_same, raw), self._limits()):
+            same = partial(_is_same, raw)
+            if (
+                env.remove_last(key, same, self._limits())
+                if attempts < _ATTEMPTS
+                else self._exchange(key, same, None)
+            ):
                 name: Any = self._codec.name(key)
                 return name, value
         raise KeyError("popitem(): the store is empty")
