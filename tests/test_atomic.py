@@ -250,6 +250,14 @@ def test_popitem_leaves_a_key_that_is_not_the_last_any_more(
     assert list(store) == ["a", "key"]
 
 
+def test_popitem_minds_no_key_that_comes_before(store, in_thread):
+    store.put_many({"key": 2})
+    with ParkedAt(in_thread, "get", LOOKS[popitem], store.popitem) as parked:
+        store["a"] = 1
+        assert parked.release() == ("key", 2)
+    assert list(store) == ["a"]
+
+
 # Many at once
 
 
@@ -346,17 +354,34 @@ def test_a_value_that_can_not_be_unpickled_stays(store, call, buffered):
     assert store.write_buffer == before
 
 
+def clear(store):
+    return store.clear() or "gone"
+
+
+def delete_two(store):
+    return store.delete_many(["key", "missing"]) and "gone"
+
+
 @ENGINES
-@pytest.mark.parametrize("call", [pop, popitem, remove], ids=lambda call: call.__name__)
-def test_a_pop_that_can_not_be_written_changes_nothing(open_store, call, lib_version):
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize(
+    "call", [pop, popitem, remove, clear, delete_two], ids=lambda call: call.__name__
+)
+def test_a_deletion_that_can_not_be_written_changes_nothing(
+    open_store, call, buffered, lib_version
+):
     store = open_store(
         key_encoding="utf-8",
-        batch_size=1,
+        autoflush_on_read=False,
         map_size=2**18,
         max_map_size=2**18,
         lib_version=lib_version,
     )
-    store["key"] = "old"
+    store.put_many({"key": "older" if buffered else "old"})
+    if buffered:
+        store["key"] = "old"
+    store.batch_size = 1
+    pending = store.write_buffer
     with store.env.begin():  # no page that is freed now is used again
         size, numbers = 2000, count()
         while size:  # fill what the store itself would leave for deletions
@@ -369,7 +394,8 @@ def test_a_pop_that_can_not_be_written_changes_nothing(open_store, call, lib_ver
         for _ in range(3):
             with pytest.raises(GrowthError):
                 call(store)
-            assert (store["key"], len(store), store.write_buffer) == ("old", left, {})
+            assert (store["key"], len(store)) == ("old", left)
+            assert store.write_buffer == pending
     assert call(store) in ("old", "gone")
     assert "key" not in store
 
@@ -383,6 +409,8 @@ def test_a_default_that_can_not_be_written_is_not_there(open_store):
 
     with pytest.raises(GrowthError):
         fill()
+    with pytest.raises(GrowthError, match="can never fit"):
+        store.setdefault(b"large", bytes(2**18))
     refused = b"%d" % len(store)
     assert refused not in store
     store.max_map_size = None

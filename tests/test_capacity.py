@@ -419,6 +419,20 @@ def test_a_full_store_can_be_cleared(open_capped, engine, cap, batch_size):
         store.close()
 
 
+@ENGINES
+def test_a_full_store_can_be_popped_empty(open_capped, engine):
+    store = open_capped(128 * KIB, 10, **engine, autoflush_on_read=False)
+    stored = []
+    with contextlib.suppress(lmdb.MapFullError):
+        while True:
+            store.put(key_of(len(stored)), bytes(6 * KIB))
+            stored.append(key_of(len(stored)))
+    assert store.write_buffer  # which does not fit
+    popped = [store.popitem()[0] for _ in stored]
+    assert popped == sorted(stored, reverse=True)
+    assert not store
+
+
 @pytest.mark.parametrize("lib_version", [0, 1])
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_deleted_at_the_cap_is_counted_right(open_capped, lib_version, seed):

@@ -361,6 +361,61 @@ def test_a_growth_that_the_system_refuses(run, lib_version):
     )
 
 
+@linux_only
+@ENGINES
+def test_a_clear_for_which_the_map_can_not_grow(run, lib_version):
+    run(
+        """
+        import resource, subprocess, sys
+        import lmdb
+        from lmdb_object_store import LmdbObjectStore
+
+        def fill(size):
+            while size > 1:
+                try:
+                    store.put_many({b"%d" % len(store): bytes(size)})
+                except lmdb.MapFullError:
+                    size //= 2
+
+        store = LmdbObjectStore(
+            "db", autoflush_on_read=False, map_size=2**20, lib_version=int(sys.argv[1])
+        )
+        store[b"first"] = 1
+        store.flush()
+        pipe = subprocess.PIPE
+        reader = subprocess.Popen(
+            [sys.executable, "-c", sys.argv[2]], stdin=pipe, stdout=pipe
+        )
+        reader.stdout.readline()  # no page that is freed from now on is used again
+        used = int(open("/proc/self/statm").read().split()[0]) * 4096
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, hard))
+        fill(2**15)
+        stored = len(store)
+        store.put(b"pending", bytes(2**15))
+        for erase in store.clear, lambda: store.delete_many(store.keys()):
+            try:
+                erase()
+            except lmdb.MapFullError as error:
+                assert "could not be grown" in str(error), error
+            else:
+                raise AssertionError("cleared without a page to write to")
+            assert len(store) == stored + 1 == len(list(store))
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        store.clear()
+        assert (len(store), store.write_buffer) == (0, {})
+        store.close(strict=True)
+        reader.communicate(b"\\n")
+        print("ok")
+        """,
+        lib_version,
+        "import lmdb\n"
+        "with lmdb.open('db') as env, env.begin() as txn:\n"
+        "    print(txn.id(), flush=True)\n"
+        "    input()\n",
+    )
+
+
 # A write that fails in the middle
 
 

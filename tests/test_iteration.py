@@ -372,6 +372,27 @@ def test_a_signal_handler_that_puts_disturbs_no_step(open_store):
         assert keys[:3] == [b"1", b"2", b"3"]
 
 
+def test_a_put_at_any_call_disturbs_no_loop(open_store):
+    store = open_store(sync=False, **NEVER_FLUSHING)
+    store.put_many({b"1": 1, b"3": 3})
+    store[b"2"] = 2
+    numbers = count()
+
+    def put(frame, event, function):  # as a finalizer might
+        if event == "c_call":
+            sys.setprofile(None)
+            store[b"9%d" % next(numbers)] = 9
+            sys.setprofile(put)
+
+    sys.setprofile(put)
+    try:
+        keys = list(islice(store, 3))
+    finally:
+        sys.setprofile(None)
+    assert keys == [b"1", b"2", b"3"]
+    assert next(numbers) > 10
+
+
 # One moment
 
 

@@ -444,13 +444,12 @@ class SharedEnvironment(Gate):
         key: bytes,
         expected: Callable[[Any], bool],
     ) -> bool:
-        txn = begin(None, None, False, True)
+        txn: Any = begin(None, None, False, True)
         try:
             return expected(txn.get(key))
         finally:
             try:  # as in Gate
-                if not self.closed:  # in a forked child
-                    txn.abort()  # see `Pin.end`
+                txn = None  # see `Pin.end`
             finally:
                 pass
 
@@ -465,10 +464,7 @@ class SharedEnvironment(Gate):
     def _swap(self, key: bytes, pending: Any, raw: bytes | None, size: int) -> bool:
         # No call from the comparison to the end: see put.
         buffer = self.buffer
-        if key in buffer:
-            if buffer[key] is not pending:
-                return False
-        elif pending is not ABSENT:
+        if key in buffer and buffer[key] is not pending:
             return False
         buffer[key] = raw
         self.buffer_bytes += size

@@ -273,12 +273,11 @@ class Scan(Pin):
 
 
 def _end_of(buffer: Batch, start: int) -> list[bytes]:
-    """Return the keys from the `start`-th on, the last one first."""
-    while True:
-        try:
-            return list(islice(reversed(buffer), max(0, len(buffer) - start)))
-        except RuntimeError:
-            pass  # the put of a signal handler or a finalizer came between
+    """Return the keys from the `start`-th on, in any order."""
+    try:
+        return list(islice(reversed(buffer), max(0, len(buffer) - start)))
+    except RuntimeError:  # the put of a signal handler or a finalizer came between
+        return list(buffer)[start:]
 
 
 class Tally(Pin):
