@@ -420,16 +420,17 @@ def test_a_full_store_can_be_cleared(open_capped, engine, cap, batch_size):
 
 
 @ENGINES
-def test_a_full_store_can_be_popped_empty(open_capped, engine):
+@pytest.mark.parametrize("step", [1, -1], ids=["last is pending", "last is stored"])
+def test_a_full_store_can_be_popped_empty(open_capped, engine, step):
     store = open_capped(128 * KIB, 10, **engine, autoflush_on_read=False)
-    stored = []
+    accepted = []
     with contextlib.suppress(lmdb.MapFullError):
-        while True:
-            store.put(key_of(len(stored)), bytes(6 * KIB))
-            stored.append(key_of(len(stored)))
+        for number in itertools.count(500, step):
+            store.put(key_of(number), bytes(6 * KIB))
+            accepted.append(key_of(number))
     assert store.write_buffer  # which does not fit
-    popped = [store.popitem()[0] for _ in stored]
-    assert popped == sorted(stored, reverse=True)
+    popped = [store.popitem()[0] for _ in accepted]
+    assert popped == sorted(accepted, reverse=True)
     assert not store
 
 
