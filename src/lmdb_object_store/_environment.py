@@ -35,7 +35,7 @@ import lmdb
 
 from ._gate import Gate, under
 from ._process import let_go, unregister
-from ._ranges import CHUNK_BYTES, KeyRange, Scan, Tally, adjustment
+from ._ranges import ALL, CHUNK_BYTES, KeyRange, Scan, Tally, adjustment
 from ._reading import (
     LARGE,
     LargeValue,
@@ -312,11 +312,11 @@ class SharedEnvironment(Gate):
 
     def last_key(self) -> bytes | None:
         """Return the last key of all."""
-        return next(Scan(self, KeyRange(), reverse=True, values=False).keys(), None)
+        return next(Scan(self, ALL, reverse=True, values=False).keys(), None)
 
     def count(self, keys: KeyRange) -> int:
         """Return how many entries a key range has, at one moment."""
-        if self.buffer or keys != KeyRange():
+        if self.buffer or keys != ALL:
             return Tally(self, keys).result()
         entries: int = self.repairing(
             self.repair, lambda begin: begin().stat()["entries"]
@@ -487,7 +487,7 @@ class SharedEnvironment(Gate):
     ) -> bool:
         self.check_writable()
         pending = dict(self.buffer)
-        later = Scan(self, KeyRange().beyond(key, False), reverse=True, values=False)
+        later = Scan(self, ALL.beyond(key, False), reverse=True, values=False)
         while later.more:
             if later.chunk(self._repair):
                 return False
@@ -531,7 +531,7 @@ class SharedEnvironment(Gate):
 
     def delete_range(self, keys: KeyRange) -> int:
         """Delete a key range in one transaction; return how many existed."""
-        whole = keys == KeyRange()
+        whole = keys == ALL
         work = self._drop if whole else partial(_delete_range, keys=keys)
         return self.as_writer(self._erase, work, keys.holds, _EVERYTHING)
 

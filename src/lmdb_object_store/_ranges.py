@@ -55,6 +55,9 @@ class KeyRange(NamedTuple):
         return KeyRange(low, end if self.high is None else min(end, self.high))
 
 
+ALL = KeyRange()
+
+
 def _entries(txn: Any, keys: KeyRange, reverse: bool, values: bool) -> Any:
     """Iterate over a range and what comes after it: pairs, or only the keys."""
     cursor = txn.cursor()
@@ -312,7 +315,7 @@ class Tally(Pin):
             pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
             self._rest = self._keys
             self._count = adjustment(self.txn, pending)
-        if self._keys == KeyRange():
+        if self._keys == ALL:
             self._count += self.txn.stat()["entries"]
             return False
         keys = list(islice(_entries(self.txn, self._rest, False, False), _MAX_KEYS))

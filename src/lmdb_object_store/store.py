@@ -15,7 +15,7 @@ import lmdb
 from ._environment import ABSENT, MAX_VALUE, SharedEnvironment, log
 from ._keys import KeyCodec, describe
 from ._process import register
-from ._ranges import KeyRange
+from ._ranges import ALL
 from ._views import StoreItemsView, StoreKeysView, StoreValuesView
 from .exceptions import ClosedError, GrowthError, LostWritesError, SizeError
 
@@ -315,7 +315,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
         Costs one look-up for each pending write.
         """
-        return self._env.count(KeyRange())
+        return self._env.count(ALL)
 
     def __eq__(self, other: object) -> bool:
         """Return whether a mapping has the same keys, as they come out, and values.
@@ -540,7 +540,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
     def clear(self) -> None:
         """Delete everything, in one transaction, as `delete_many` does."""
-        self._env.delete_range(KeyRange())
+        self._env.delete_range(ALL)
 
     # Reading and writing as one step for all threads of this process. A value is
     # unpickled without any lock; if somebody else changes it meanwhile, that is
