@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,15 @@ class Worker:
 def in_thread() -> Callable[[Callable[[], Any]], Worker]:
     """Run a function in a thread; ``.result()`` waits for it and re-raises."""
     return Worker
+
+
+def run_all(*actions: Callable[[], Any]) -> list[Any]:
+    """Run the actions in a thread each, starting at once; return their results."""
+    start = threading.Barrier(len(actions))
+
+    def run(action: Callable[[], Any]) -> Any:
+        start.wait(PATIENCE)
+        return action()
+
+    workers = [Worker(partial(run, action)) for action in actions]
+    return [worker.result() for worker in workers]

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -75,6 +76,16 @@ def is_method(function: Any, name: str) -> bool:
     return function.__name__ == name and isinstance(
         function.__self__, (lmdb.Environment, lmdb.Transaction, lmdb.Cursor)
     )
+
+
+@contextmanager
+def handling(action: Callable[[], Any]) -> Iterator[None]:
+    """Let SIGINT call `action`."""
+    before = signal.signal(signal.SIGINT, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Trip(int):

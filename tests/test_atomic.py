@@ -7,7 +7,7 @@ from itertools import count
 import lmdb
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, run_all
 from lmdb_object_store import GrowthError, UnpickleError
 from moments import Parked, is_method
 
@@ -67,18 +67,6 @@ class ParkedAt(Parked):
             self._to_come -= 1
             if not self._to_come:
                 super()._hook(frame, event, function)
-
-
-def run_all(in_thread, *actions):
-    """Run the actions in a thread each, starting at once; return their results."""
-    start = threading.Barrier(len(actions))
-
-    def run(action):
-        start.wait(PATIENCE)
-        return action()
-
-    workers = [in_thread(lambda action=action: run(action)) for action in actions]
-    return [worker.result() for worker in workers]
 
 
 @pytest.fixture
@@ -262,7 +250,7 @@ def test_popitem_minds_no_key_that_comes_before(store, in_thread):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_threads_pop_each_item_once(open_store, in_thread, hasty, batch_size):
+def test_threads_pop_each_item_once(open_store, hasty, batch_size):
     store = open_store(batch_size=batch_size, sync=False)
     items = {b"%04d" % number: number for number in range(240)}
     for key, value in items.items():
@@ -281,7 +269,7 @@ def test_threads_pop_each_item_once(open_store, in_thread, hasty, batch_size):
         while not empty.is_set():
             store.flush()
 
-    *popped, _ = run_all(in_thread, *[pop_all] * 4, flush)
+    *popped, _ = run_all(*[pop_all] * 4, flush)
     for mine in popped:
         assert mine == sorted(mine, reverse=True)
     everything = [item for mine in popped for item in mine]
@@ -290,16 +278,16 @@ def test_threads_pop_each_item_once(open_store, in_thread, hasty, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
-def test_threads_agree_on_one_default(open_store, in_thread, hasty, batch_size):
+def test_threads_agree_on_one_default(open_store, hasty, batch_size):
     store = open_store(batch_size=batch_size, sync=False)
     for number in range(30):
         key = b"%d" % number
         calls = [lambda n=n, key=key: store.setdefault(key, n) for n in range(5)]
-        *values, _ = run_all(in_thread, *calls, store.flush)
+        *values, _ = run_all(*calls, store.flush)
         assert set(values) == {store[key]}
 
 
-def test_a_queue_hands_each_task_to_one_consumer(open_store, in_thread, hasty):
+def test_a_queue_hands_each_task_to_one_consumer(open_store, hasty):
     store = open_store(batch_size=5, map_size=2**16, sync=False)
     numbers, tasks = count(), 300
     done = []
@@ -315,13 +303,13 @@ def test_a_queue_hands_each_task_to_one_consumer(open_store, in_thread, hasty):
                 assert (int(key), len(text)) == (number, number)
                 done.append(number)
 
-    run_all(in_thread, produce, produce, consume, consume, consume)
+    run_all(produce, produce, consume, consume, consume)
     assert sorted(done) == list(range(tasks))
     assert not store
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 1000])
-def test_who_pops_and_puts_counts_right(open_store, in_thread, hasty, batch_size):
+def test_who_pops_and_puts_counts_right(open_store, hasty, batch_size):
     store = open_store(batch_size=batch_size, sync=False)
     store[b"counter"] = 0
 
@@ -331,7 +319,7 @@ def test_who_pops_and_puts_counts_right(open_store, in_thread, hasty, batch_size
                 pass
             store[b"counter"] = value + 1
 
-    run_all(in_thread, *[increment] * 4)
+    run_all(*[increment] * 4)
     assert store[b"counter"] == 160
 
 
@@ -470,9 +458,7 @@ LITTLE_ROOM = {"map_size": 2**19, "max_map_size": 2**19, "autoflush_on_read": Fa
     ids=["room", "no room for what is pending"],
 )
 @pytest.mark.parametrize("erase", ERASE)
-def test_nobody_sees_half_a_deletion(
-    open_store, in_thread, hasty, erase, options, ballast
-):
+def test_nobody_sees_half_a_deletion(open_store, hasty, erase, options, ballast):
     store = open_store(key_encoding="utf-8", sync=False, **options)
     over = threading.Event()
     seen = [set() for _ in range(4)]
@@ -508,7 +494,6 @@ def test_nobody_sees_half_a_deletion(
             over.set()
 
     run_all(
-        in_thread,
         lambda: look(seen[0], lambda: len(store.get_many(KEYS)[0])),
         lambda: look(seen[1], lambda: len(store)),
         lambda: look(seen[2], lambda: len(list(store))),
@@ -589,9 +574,7 @@ def test_clear_deletes_pending_writes_too(mixed):
 
 
 @pytest.mark.parametrize("erase", ["range", "list"])
-def test_what_is_put_while_others_delete_is_not_lost(
-    open_store, in_thread, hasty, erase
-):
+def test_what_is_put_while_others_delete_is_not_lost(open_store, hasty, erase):
     store = open_store(key_encoding="utf-8", batch_size=4, sync=False)
     over = threading.Event()
 
@@ -607,6 +590,6 @@ def test_what_is_put_while_others_delete_is_not_lost(
         while not over.is_set():
             ERASE[erase](store, KEYS)
 
-    run_all(in_thread, put, delete, delete)
+    run_all(put, delete, delete)
     ERASE[erase](store, KEYS)
     assert dict(store) == {f"mine {number % 5}": number for number in range(145, 150)}

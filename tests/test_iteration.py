@@ -3,13 +3,11 @@
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import threading
 import tracemalloc
 from collections import deque
-from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice, product
 from operator import itemgetter
@@ -20,7 +18,7 @@ import pytest
 
 from conftest import PATIENCE
 from lmdb_object_store import ClosedError, LmdbObjectStore, UnpickleError
-from moments import Parked, every_step
+from moments import Parked, every_step, handling
 
 LARGE = 150_000  # bytes of a value that isn't copied before it is unpickled
 MIB = 2**20
@@ -343,16 +341,6 @@ def test_threads_iterate_independently(open_store, in_thread, hasty, backwards):
     workers.append(in_thread(write))
     for worker in workers:
         worker.result()
-
-
-@contextmanager
-def handling(action):
-    """Call `action` at each SIGINT."""
-    before = signal.signal(signal.SIGINT, lambda *_: action())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_handler_that_puts_disturbs_no_step(open_store):

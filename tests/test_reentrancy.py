@@ -6,14 +6,14 @@ import random
 import signal
 import threading
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 
 import pytest
 
 from conftest import PATIENCE
 from lmdb_object_store import BusyError, ClosedError
-from moments import Parked, every_step
+from moments import Parked, every_step, handling
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
@@ -406,16 +406,6 @@ def test_a_log_handler_that_writes_to_the_store_does_not_deadlock(store, in_thre
 
 
 # Signals and finalizers
-
-
-@contextmanager
-def handling(action):
-    """Let SIGINT call `action`."""
-    before = signal.signal(signal.SIGINT, lambda *_: action())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Visitor:

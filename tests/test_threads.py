@@ -10,7 +10,7 @@ from itertools import count
 import lmdb
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, run_all
 from lmdb_object_store import ClosedError, GrowthError
 from moments import Parked, is_method
 
@@ -50,18 +50,6 @@ class Meeting:
 
     def __setstate__(self, state):
         Meeting.meet.wait(PATIENCE)
-
-
-def run_all(in_thread, *actions):
-    """Run the actions in a thread each, starting at once; return their results."""
-    start = threading.Barrier(len(actions))
-
-    def run(action):
-        start.wait(PATIENCE)
-        return action()
-
-    workers = [in_thread(lambda action=action: run(action)) for action in actions]
-    return [worker.result() for worker in workers]
 
 
 # Who waits for whom
@@ -236,13 +224,13 @@ def test_a_slow_iterable_holds_up_nobody(open_store, in_thread, call):
 @pytest.mark.parametrize(
     ("threads", "ballast"), [(150, b""), (100, LARGE)], ids=["small", "large"]
 )
-def test_reads_run_in_parallel(open_store, in_thread, threads, ballast):
+def test_reads_run_in_parallel(open_store, threads, ballast):
     # LMDB has 126 reader slots by default: small values take none meanwhile.
     store = open_store()
     store.put_many({b"large": LARGE, b"meeting": Meeting(ballast)})
     assert store[b"large"] == LARGE
     Meeting.meet = threading.Barrier(threads)
-    run_all(in_thread, *[lambda: store[b"meeting"]] * threads)
+    run_all(*[lambda: store[b"meeting"]] * threads)
 
 
 # Nothing is lost
@@ -317,7 +305,7 @@ def test_the_last_one_of_a_duplicate_key_wins(open_store):
 
 
 @pytest.mark.parametrize("buffered", [False, True], ids=["stored", "buffered"])
-def test_exactly_one_del_of_a_key_succeeds(open_store, in_thread, hasty, buffered):
+def test_exactly_one_del_of_a_key_succeeds(open_store, hasty, buffered):
     store = open_store()
 
     def delete():
@@ -331,11 +319,11 @@ def test_exactly_one_del_of_a_key_succeeds(open_store, in_thread, hasty, buffere
         store[b"key"] = 1
         if not buffered:
             store.flush()
-        assert sum(run_all(in_thread, *[delete] * 6)) == 1
+        assert sum(run_all(*[delete] * 6)) == 1
         assert b"key" not in store
 
 
-def test_del_of_a_key_that_is_always_there_never_fails(open_store, in_thread, hasty):
+def test_del_of_a_key_that_is_always_there_never_fails(open_store, hasty):
     store = open_store(batch_size=3)
     for number in range(40):
         store[b"key"] = "old"
@@ -347,11 +335,11 @@ def test_del_of_a_key_that_is_always_there_never_fails(open_store, in_thread, ha
             store[b"key"] = "new"
             store[b"%d" % number] = number
 
-        run_all(in_thread, delete, overwrite, store.flush)
+        run_all(delete, overwrite, store.flush)
         assert store.get(b"key", "gone") in ("new", "gone")
 
 
-def test_a_delete_and_a_del_leave_nothing(open_store, in_thread, hasty):
+def test_a_delete_and_a_del_leave_nothing(open_store, hasty):
     store = open_store(batch_size=2)
     for _ in range(40):
         store[b"key"] = 1
@@ -360,11 +348,11 @@ def test_a_delete_and_a_del_leave_nothing(open_store, in_thread, hasty):
             with contextlib.suppress(KeyError):
                 del store[b"key"]
 
-        run_all(in_thread, delete, lambda: store.delete(b"key"), store.flush)
+        run_all(delete, lambda: store.delete(b"key"), store.flush)
         assert store.get(b"key", "gone") == "gone"
 
 
-def test_nobody_sees_half_a_put_many(open_store, in_thread, hasty):
+def test_nobody_sees_half_a_put_many(open_store, hasty):
     # Raised step by step, the cap makes the map grow dozens of times.
     store = open_store(map_size=2**16, max_map_size=2**16, batch_size=5)
     keys = [b"%d" % number for number in range(12)]
@@ -403,12 +391,12 @@ def test_nobody_sees_half_a_put_many(open_store, in_thread, hasty):
             last = value[0]
         return last
 
-    *generations, _, _ = run_all(in_thread, read, read, read, put, write)
+    *generations, _, _ = run_all(read, read, read, put, write)
     assert growths > 12
     assert all(generations)
 
 
-def test_many_threads_agree_with_a_dict_of_their_own(open_store, in_thread, hasty):
+def test_many_threads_agree_with_a_dict_of_their_own(open_store, hasty):
     store = open_store(map_size=2**16, batch_size=7)
 
     def work(name):
@@ -443,7 +431,7 @@ def test_many_threads_agree_with_a_dict_of_their_own(open_store, in_thread, hast
         return mine
 
     everything = {}
-    for mine in run_all(in_thread, *[lambda n=n: work(n) for n in range(6)]):
+    for mine in run_all(*[lambda n=n: work(n) for n in range(6)]):
         everything.update(mine)
     keys = [b"%d %d" % (name, n) for name in range(6) for n in range(20)]
     assert store.get_many(keys)[0] == everything
@@ -456,7 +444,7 @@ def test_many_threads_agree_with_a_dict_of_their_own(open_store, in_thread, hast
 
 @pytest.mark.parametrize("batch_size", [1, 10, 10_000])
 def test_close_among_busy_threads_loses_nothing_it_accepted(
-    open_store, in_thread, hasty, batch_size
+    open_store, hasty, batch_size
 ):
     for turn in range(8):
         name = f"{batch_size} {turn}"
@@ -504,7 +492,6 @@ def test_close_among_busy_threads_loses_nothing_it_accepted(
             store.close()  # noqa: B023
 
         *accepted, _, _, _ = run_all(
-            in_thread,
             lambda: put(1),
             lambda: put(2),
             put_many,
@@ -550,11 +537,11 @@ def test_a_call_after_another_thread_closed_says_so(open_store, in_thread, call)
         call(store)
 
 
-def test_threads_may_close_at_once(open_store, in_thread, hasty):
+def test_threads_may_close_at_once(open_store, hasty):
     for turn in range(20):
         store = open_store(str(turn), sync=False)
         store[b"a"] = 1
-        run_all(in_thread, *[store.close] * 4)
+        run_all(*[store.close] * 4)
         assert store.closed
         with open_store(str(turn)) as reopened:
             assert reopened[b"a"] == 1
