@@ -1,6 +1,7 @@
 """What reads and writes in one step, or deletes much: whole for all threads."""
 
 import contextlib
+import sys
 import threading
 from itertools import count
 
@@ -89,7 +90,10 @@ def pop_or_default(store):
 
 
 def popitem(store):
-    key, value = store.popitem()
+    try:
+        key, value = store.popitem()
+    except KeyError:
+        return "KeyError"
     return value if key == "key" else "KeyError"
 
 
@@ -244,6 +248,27 @@ def test_popitem_minds_no_key_that_comes_before(store, in_thread):
         store["a"] = 1
         assert parked.release() == ("key", 2)
     assert list(store) == ["a"]
+
+
+@pytest.mark.parametrize("theirs", ["a", "z"])
+def test_popitem_comes_to_an_end_whatever_others_put_meanwhile(store, theirs):
+    store.put_many({"key": "old"})
+    numbers = count()
+
+    def put(frame, event, function):  # as a finalizer might
+        if event == "c_call":
+            sys.setprofile(None)
+            store[f"{theirs} {next(numbers):09}"] = "new"
+            sys.setprofile(put)
+
+    sys.setprofile(put)
+    try:
+        key, value = store.popitem()
+    finally:
+        sys.setprofile(None)
+    assert value == ("old" if theirs == "a" else "new")
+    assert key not in store
+    assert len(store) == next(numbers)
 
 
 # Many at once

@@ -25,6 +25,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from math import inf
 from pickle import loads
@@ -73,6 +74,8 @@ _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
 _READ_FLUSH_PAUSE = 1.0
 """Seconds for which reads leave a buffer alone that they could not flush."""
+_ATTEMPTS = 100
+"""How often `remove_last` looks again at what others put meanwhile."""
 _EXIT_PATIENCE = 5.0
 """Seconds that the flush at exit waits for another (daemon) thread's commit."""
 
@@ -311,8 +314,33 @@ class SharedEnvironment(Gate):
             raise unpickle_error(key, buffered, error) from error
 
     def last_key(self) -> bytes | None:
-        """Return the last key of all."""
-        return next(Scan(self, ALL, reverse=True, values=False).keys(), None)
+        """Return the last key of all. Costs a look at every pending key."""
+        return self.repairing(self.repair, self._last)
+
+    def _last(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bytes | None:
+        txn: Any
+        txn, pending = under(self.buffer_lock, self.begin_with_pending, begin)
+        try:
+            put = max((key for key in pending if pending[key] is not None), default=b"")
+            stored: bytes
+            for stored in txn.cursor().iterprev(True, False):
+                if pending.get(stored, ABSENT) is not None:
+                    return max(stored, put)
+            return put or None
+        finally:
+            try:  # as in Gate
+                txn = None  # see `Pin.end`
+            finally:
+                pass
+
+    def begin_with_pending(
+        self, begin: Callable[..., lmdb.Transaction[Any]]
+    ) -> tuple[lmdb.Transaction[Any], Batch]:
+        """Return a transaction and a copy of the buffer that show one moment.
+
+        Call it in the gate and under the buffer lock.
+        """
+        return begin(), dict(self.buffer)
 
     def count(self, keys: KeyRange) -> int:
         """Return how many entries a key range has, at one moment."""
@@ -395,27 +423,21 @@ class SharedEnvironment(Gate):
         self.as_writer(self._flush, {key: raw})
 
     def exchange(
-        self,
-        key: bytes,
-        expected: Callable[[Any], bool],
-        raw: bytes | None,
-        limits: tuple[int, int],
+        self, key: bytes, expected: Any, raw: bytes | None, limits: tuple[int, int]
     ) -> bool:
-        """Buffer a write if `expected` says so of what is there; return whether.
+        """Buffer a write if what is there is as expected; return whether it is.
 
-        It gets bytes, a view of the map, or None, and must not run user code.
-        Looking and writing are one step for all threads. `limits` are the
-        operations and the bytes that make a batch full.
+        Looking and writing are one step for all threads. Call it `as_writer`.
+
+        Parameters
+        ----------
+        key, raw
+            What to write; None deletes.
+        expected
+            The raw value that has to be there, None for nothing, ABSENT for any.
+        limits
+            The operations and the bytes that make a batch full.
         """
-        return self.as_writer(self._exchange, key, expected, raw, limits)
-
-    def _exchange(
-        self,
-        key: bytes,
-        expected: Callable[[Any], bool],
-        raw: bytes | None,
-        limits: tuple[int, int],
-    ) -> bool:
         self.check_writable()
         while True:
             # Only a put can come between now and the swap: we are the writer.
@@ -432,28 +454,28 @@ class SharedEnvironment(Gate):
                 self._flush({key: raw}, batch)
                 return True
 
-    def _holds(self, key: bytes, pending: Any, expected: Callable[[Any], bool]) -> bool:
+    def _holds(self, key: bytes, pending: Any, expected: Any) -> bool:
         """Whether what is stored under `key`, or `pending`, is as expected."""
         if pending is not ABSENT:
-            return expected(pending)
+            return _is_as(expected, pending)
         return self.repairing(self._repair, self._look, key, expected)
 
     def _look(
         self,
         begin: Callable[..., lmdb.Transaction[memoryview]],
         key: bytes,
-        expected: Callable[[Any], bool],
+        expected: Any,
     ) -> bool:
         txn: Any = begin(None, None, False, True)
         try:
-            return expected(txn.get(key))
+            return _is_as(expected, txn.get(key))
         finally:
             try:  # as in Gate
                 txn = None  # see `Pin.end`
             finally:
                 pass
 
-    def _is_full(self, limits: tuple[int, int], count: int = 0, size: int = 0) -> bool:
+    def _is_full(self, limits: tuple[int, int], count: int, size: int) -> bool:
         """Whether to flush, if `count` more keys and `size` more bytes are put."""
         return (
             len(self.buffer) + count >= limits[0]
@@ -462,67 +484,53 @@ class SharedEnvironment(Gate):
         )
 
     def _swap(self, key: bytes, pending: Any, raw: bytes | None, size: int) -> bool:
-        # No call from the comparison to the end: see put.
-        buffer = self.buffer
-        if key in buffer and buffer[key] is not pending:
-            return False
-        buffer[key] = raw
-        self.buffer_bytes += size
-        return True
+        # From the comparison to the end there is no call (see put), nor a jump,
+        # where 3.10 could call a signal handler as well.
+        if pending is ABSENT:
+            if key not in self.buffer:
+                self.buffer[key] = raw
+                self.buffer_bytes += size
+                return True
+        elif self.buffer[key] is pending:
+            self.buffer[key] = raw
+            self.buffer_bytes += size
+            return True
+        return False
 
-    def remove_last(
-        self,
-        key: bytes,
-        expected: Callable[[Any], bool],
-        limits: tuple[int, int],
-    ) -> bool:
-        """Delete an entry as `exchange` does, if none comes after it."""
-        return self.as_writer(self._remove_last, key, expected, limits)
+    def remove_last(self, key: bytes, expected: bytes, limits: tuple[int, int]) -> bool:
+        """Delete an entry as `exchange` does, if none comes after it.
 
-    def _remove_last(
-        self,
-        key: bytes,
-        expected: Callable[[Any], bool],
-        limits: tuple[int, int],
-    ) -> bool:
+        A full buffer is flushed before rather than with it: while that is committed,
+        somebody could put a key that comes after it.
+        """
         self.check_writable()
-        pending = dict(self.buffer)
-        later = Scan(self, ALL.beyond(key, False), reverse=True, values=False)
-        while later.more:
-            if later.chunk(self._repair):
-                return False
-        if not self._holds(key, pending.get(key, ABSENT), expected):
-            return False
-        if not under(self.buffer_lock, self._delete_if_last, pending, key, len(key)):
-            return False
-        if self._is_full(limits):
-            # Unlike in `_exchange` it is in the buffer already: while an `extra` of
-            # the flush is committed, somebody could put a key that comes after it.
-            try:
+        if self._is_full(limits, 1, len(key)):
+            with suppress(GrowthError):
                 self._flush()
-            except Exception:
-                if under(self.buffer_lock, self._take_back, key, pending):
-                    raise
-        return True
+        pending = dict(self.buffer)
+        if self.repairing(self._repair, self._last) != key or not self._holds(
+            key, pending.get(key, ABSENT), expected
+        ):
+            return False
+        if self._is_full(limits, 1, len(key)):  # a batch of one, or there is no room
+            if self.buffer != pending:
+                return False
+            self._flush({key: None}, pending)
+            return True
+        return under(self.buffer_lock, self._swap_last, key, pending, len(key))
 
-    def _delete_if_last(self, pending: Batch, key: bytes, size: int) -> bool:
-        if self.buffer != pending:
-            for other, raw in list(self.buffer.items()):
+    def _swap_last(self, key: bytes, pending: Batch, size: int) -> bool:
+        for _ in range(_ATTEMPTS):
+            if self.buffer == pending:  # as in `_swap`
+                self.buffer[key] = None
+                self.buffer_bytes += size
+                return True
+            now = dict(self.buffer)
+            for other, raw in now.items():
                 if other >= key and raw is not pending.get(other, ABSENT):
                     return False
-        self.buffer[key] = None
-        self.buffer_bytes += size
-        return True
-
-    def _take_back(self, key: bytes, pending: Batch) -> bool:
-        if self.buffer.get(key, ABSENT) is not None:
-            return False
-        if key in pending:
-            self.buffer[key] = pending[key]
-        else:
-            del self.buffer[key]
-            self.settled += 1
-        return True
+            pending = now
+        return False
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         """Delete `keys` in one transaction; return how many existed."""
@@ -550,7 +558,7 @@ class SharedEnvironment(Gate):
             return self.alone(
                 self.growth_timeout, self._erase_pending, work, covers, count
             )
-        return self._write(work, {}, count, None)
+        return self._write(work, {}, count, None) if count else 0
 
     def _erase_pending(
         self,
@@ -568,16 +576,13 @@ class SharedEnvironment(Gate):
             after[:] = txn.id(), txn.stat()["entries"]
             return existed
 
-        def settle() -> None:  # once it has been committed
-            info = self.env.info()["last_txnid"], self.env.stat()["entries"]
-            if after == [*info]:
-                self._settle(pending, erased)
-
         try:
             existed = self._write(erase, {}, count, None)
-            settle()
-        except BaseException:  # a KeyboardInterrupt may come after the commit
-            settle()
+            self._settle(pending, erased)
+        except BaseException:
+            # A KeyboardInterrupt may have come after the commit.
+            if after == [self.env.info()["last_txnid"], self.env.stat()["entries"]]:
+                self._settle(pending, erased)
             raise
         return existed
 
@@ -1048,6 +1053,13 @@ class SharedEnvironment(Gate):
 
 def _pick(batch: Batch, keys: list[bytes]) -> Batch:
     return {key: batch[key] for key in keys if key in batch} if batch else {}
+
+
+def _is_as(expected: Any, raw: Any) -> bool:
+    """Whether `raw`, perhaps a view of the map, is what `exchange` expects."""
+    if expected is None or raw is None:
+        return expected is raw
+    return expected is ABSENT or bytes(raw) == expected
 
 
 def _spare_key(number: int) -> bytes:

@@ -159,7 +159,10 @@ class Gate:
             self.readers[me] = True
 
     def pin(self, pin: Pin) -> None:
-        """Make `pin` detach before the map moves. Call it in the gate."""
+        """Make `pin` detach before the map moves.
+
+        Call it in the gate if it has a transaction.
+        """
         self._pins.add(weakref.ref(pin, self._pins.discard))
 
     def pins(self) -> list[Pin]:

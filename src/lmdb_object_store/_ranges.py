@@ -80,8 +80,17 @@ class Scan(Pin):
     """
 
     __slots__ = (
-        *("_ahead", "_buffered", "_count", "_env", "_rest", "_reverse", "_rows"),
-        *("_seen", "_settled", "_values", "_views", "more"),
+        *(
+            "_ahead",
+            "_buffered",
+            "_count",
+            "_env",
+            "_more",
+            "_rest",
+            "_reverse",
+            "_rows",
+        ),
+        *("_seen", "_settled", "_values", "_views"),
     )
 
     def __init__(
@@ -90,7 +99,7 @@ class Scan(Pin):
         super().__init__()
         self._env = env
         self._rest = keys
-        self.more = True
+        self._more = True
         self._reverse = reverse
         self._values = values
         self._count = _FIRST_CHUNK
@@ -138,7 +147,7 @@ class Scan(Pin):
     def _chunks(self, codec: KeyCodec | None) -> Iterator[list[Any]]:
         env = self._env
         while True:
-            rows = self.chunk(env.repair) if self.more else []
+            rows = self._chunk() if self._more else []
             if codec and rows:
                 if self._values:
                     keys, raws = zip(*rows, strict=True)
@@ -150,16 +159,17 @@ class Scan(Pin):
             self._rows = rows
             if env.closed:
                 raise env.closed_error()
-            if not rows and not self.more:
+            if not rows and not self._more:
                 return
             yield rows
 
-    def chunk(self, repair: Callable[[lmdb.Error, Any], None]) -> list[Any]:
+    def _chunk(self) -> list[Any]:
         """Return more entries (or keys) in order; none does not mean the end."""
         env = self._env
-        if env.buffer:  # what is new is sorted in here, without holding up anybody
-            self._sort_in(under(env.buffer_lock, self._new_pending))
-        return env.repairing(repair, self._read)
+        if env.buffer:  # most of what is new is sorted in here, without the lock
+            new = env.in_gate(under, env.buffer_lock, self._new_pending)
+            self._sort_in(new)
+        return env.repairing(env.repair, self._read)
 
     def _new_pending(self) -> list[bytes]:
         """Return pending keys that came after those returned before.
@@ -255,7 +265,7 @@ class Scan(Pin):
         del self._ahead[len(self._ahead) - len(pending) :]
         self._buffered = pending
         self._rest = rest
-        self.more = bool(ends)
+        self._more = bool(ends)
         self._count = min(4 * self._count, _MAX_CHUNK if self._values else _MAX_KEYS)
         return rows
 
@@ -311,7 +321,8 @@ class Tally(Pin):
     def _step(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
         """Count some keys; return whether more are left."""
         if self.txn is None:
-            self.txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
+            env = self._env
+            self.txn, pending = under(env.buffer_lock, env.begin_with_pending, begin)
             pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
             self._rest = self._keys
             self._count = adjustment(self.txn, pending)
@@ -325,11 +336,6 @@ class Tally(Pin):
         self._count += len(keys)
         self._rest = self._rest.beyond(keys[-1], False)
         return True
-
-    def _begin_at_once(
-        self, begin: Callable[..., lmdb.Transaction[Any]]
-    ) -> tuple[lmdb.Transaction[Any], Batch]:
-        return begin(), dict(self._env.buffer)
 
     def detach(self) -> None:
         self.txn = None  # it counts once more, from the beginning

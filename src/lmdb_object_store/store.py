@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pickle import HIGHEST_PROTOCOL, dumps
 from types import GenericAlias, MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -33,7 +32,7 @@ else:
     _V = TypeVar("_V")
 
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
-_ATTEMPTS = 10  # of popitem at an entry that is the last one all the time
+_ATTEMPTS = 100  # of popitem at an entry that is the last one all the time
 
 
 class LmdbObjectStore(MutableMapping[_K, _V]):
@@ -317,6 +316,10 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         """
         return self._env.count(ALL)
 
+    def __bool__(self) -> bool:
+        """Return whether there is any entry. Never flushes."""
+        return self._env.last_key() is not None
+
     def __eq__(self, other: object) -> bool:
         """Return whether a mapping has the same keys, as they come out, and values.
 
@@ -328,12 +331,13 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             return False
         codec = other._codec if isinstance(other, LmdbObjectStore) else None
         for key, value in self.items():
-            try:
-                if codec and codec.name(codec.encode(key)) != key:
-                    return False  # it may take this spelling, but has another
-                theirs = other.get(key, ABSENT)
-            except (TypeError, ValueError):
-                return False  # it can't have such a key
+            if codec:
+                try:
+                    if codec.name(codec.encode(key)) != key:
+                        return False  # it may take this spelling, but has another
+                except (TypeError, ValueError):
+                    return False  # it can't have such a key
+            theirs = other.get(key, ABSENT)
             equal = theirs is not ABSENT and theirs == value
             if not equal:
                 return False
@@ -394,18 +398,20 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
         The view shows the store as it is whenever it is used. A loop over it
         (flushes once at its start, with `autoflush_on_read`, and) reads a chunk
-        at a time, up to 1,024 entries or 1 MiB of values, each as of one moment,
-        and holds nothing in between: whatever is written meanwhile, in the loop's
-        body too, it yields every entry that is there throughout once. A value that
-        can't be unpickled raises; asked for the next one, the iterator goes on.
+        at a time, at most a few thousand keys or about 2 MiB of values (or one
+        larger value), each as of one moment, and holds nothing in between: whatever
+        is written meanwhile, in the loop's body too, it yields every entry that is
+        there throughout once. A value that can't be unpickled raises; asked for the
+        next one, the iterator goes on. After any other error it has ended.
 
         Parameters
         ----------
         prefix : optional
             Only keys whose bytes begin with those of `prefix`.
         start, stop : optional
-            Only keys from `start` on, and only those before `stop`. Bounds are of
-            the types of keys, but of any length.
+            Only keys from `start` on, and only those before `stop`; none if `start`
+            is not before `stop`. Bounds are of the types of keys, but of any length,
+            and compared as encoded bytes.
 
         Raises
         ------
@@ -469,8 +475,8 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         """Store many values in one transaction: all of them, or none.
 
         Pending writes are flushed first. `items` is run and pickled before any
-        lock is taken; the pickled values are all in memory then. The last one of
-        a duplicate key wins.
+        lock is taken; the pickled values are all in memory then. (`update` needs
+        little memory, but is not atomic.) The last one of a duplicate key wins.
 
         Raises
         ------
@@ -510,15 +516,16 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
         Looking and deleting are one step for all threads of this process.
         """
-        if not self._exchange(self._codec.encode(key), _is_something, None):
+        if not self._exchange(self._codec.encode(key), ABSENT, None):
             raise self._key_error(key)
 
     def delete_many(self, keys: Iterable[_K]) -> int:
         """Delete many keys in one transaction; return how many existed.
 
-        Pending writes are flushed first. `keys` is run before any lock is taken.
-        A range of this store, as in ``delete_many(store.keys(prefix="tmp:"))``,
-        is deleted as it is at that moment, without collecting its keys.
+        Pending writes are flushed first; what other threads put meanwhile stays.
+        `keys` is run before any lock is taken. A range of this store, as in
+        ``delete_many(store.keys(prefix="tmp:"))``, is deleted as it is at that
+        moment, without collecting its keys.
 
         Parameters
         ----------
@@ -569,7 +576,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
                     raise self._key_error(key)
                 return default
             value = env.unpickle(encoded, raw, buffered)
-            if self._exchange(encoded, partial(_is_same, raw), None):
+            if self._exchange(encoded, raw, None):
                 return value
 
     def popitem(self) -> tuple[_K, _V]:
@@ -591,11 +598,10 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             if raw is None:
                 continue  # another thread was faster
             value = env.unpickle(key, raw, buffered)
-            same = partial(_is_same, raw)
             if (
-                env.remove_last(key, same, self._limits())
+                env.as_writer(env.remove_last, key, raw, self._limits())
                 if attempts < _ATTEMPTS
-                else self._exchange(key, same, None)
+                else self._exchange(key, raw, None)
             ):
                 name: Any = self._codec.name(key)
                 return name, value
@@ -626,7 +632,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             if raw is not None:
                 return env.unpickle(encoded, raw, buffered)
             new = new or self._pickled(encoded, default)
-            if self._exchange(encoded, _is_nothing, new):
+            if self._exchange(encoded, None, new):
                 return default
 
     def update(
@@ -806,11 +812,9 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
     # Helpers
 
-    def _exchange(
-        self, key: bytes, expected: Callable[[Any], bool], raw: bytes | None
-    ) -> bool:
-        """Write `raw` if `expected` says so of what is stored; return whether."""
-        return self._env.exchange(key, expected, raw, self._limits())
+    def _exchange(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
+        env = self._env
+        return env.as_writer(env.exchange, key, expected, raw, self._limits())
 
     def _limits(self) -> tuple[int, int]:
         return self._batch_size, self._batch_bytes
@@ -841,18 +845,6 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
     def _key_error(self, key: Any) -> KeyError:
         shown = key if isinstance(key, str) else self._codec.encode(key)
         return KeyError(f"Key not found: {describe(shown)}")
-
-
-def _is_nothing(raw: object) -> bool:
-    return raw is None
-
-
-def _is_something(raw: object) -> bool:
-    return raw is not None
-
-
-def _is_same(seen: bytes, raw: Any) -> bool:
-    return raw is not None and bytes(raw) == seen
 
 
 def _refuse_single(method: str, keys: object) -> None:
