@@ -381,6 +381,39 @@ def test_a_put_at_any_call_disturbs_no_loop(open_store):
     assert next(numbers) > 10
 
 
+def test_a_loop_that_a_finalizer_interrupts_does_not_lock_out_a_clear(
+    open_store, in_thread
+):
+    cap = 2**18
+    store = open_store(map_size=cap, max_map_size=cap, **NEVER_FLUSHING)
+    store.put_many({b"stored": 1})
+    store.update({b"%d" % number: bytes(cap // 4) for number in range(8)})
+    inside, go_on = threading.Event(), threading.Event()
+
+    def get(frame, event, function):
+        if event == "c_call" and function is len:
+            sys.setprofile(None)
+            inside.set()
+            assert go_on.wait(PATIENCE)
+            assert store.get(b"stored") in (1, None)
+
+    def loop():
+        sys.setprofile(get)
+        try:
+            return list(iter(store.keys()))
+        finally:
+            sys.setprofile(None)
+
+    looping = in_thread(loop)
+    assert inside.wait(PATIENCE)
+    clearing = in_thread(store.clear)  # there is no room for what is pending
+    clearing.wait_until_in("alone")
+    go_on.set()
+    assert len(looping.result()) in (9, 0)
+    clearing.result()
+    assert not store
+
+
 # One moment
 
 
