@@ -271,6 +271,37 @@ def test_popitem_comes_to_an_end_whatever_others_put_meanwhile(store, theirs):
     assert len(store) == next(numbers)
 
 
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("call", [pop, popitem, remove], ids=lambda call: call.__name__)
+def test_a_put_at_any_call_comes_before_or_after(store, call, buffered):
+    outcomes = set()
+    to_come = 0
+
+    def put(frame, event, function):  # as a finalizer might
+        nonlocal to_come
+        to_come -= event == "c_call"
+        if not to_come:
+            sys.setprofile(None)
+            store["key"] = "new"
+
+    for number in count(1):
+        store.put_many({"key": "old"})
+        if buffered:
+            store["key"] = "old"
+        to_come = number
+        sys.setprofile(put)
+        try:
+            result = call(store)
+        finally:
+            sys.setprofile(None)
+        if to_come > 0:
+            break
+        outcomes.add((result, store.get("key")))
+    mine = "gone" if call is remove else "old"
+    assert outcomes <= {(mine, "new"), (mine if call is remove else "new", None)}
+    assert len(outcomes) == 2
+
+
 # Many at once
 
 
@@ -618,3 +649,34 @@ def test_what_is_put_while_others_delete_is_not_lost(open_store, hasty, erase):
     run_all(put, delete, delete)
     ERASE[erase](store, KEYS)
     assert dict(store) == {f"mine {number % 5}": number for number in range(145, 150)}
+
+
+def test_an_interrupted_clear_leaves_all_or_nothing(open_store):
+    cap = 2**18
+    to_come = 0
+
+    def interrupt(frame, event, function):
+        nonlocal to_come
+        if event == "c_return" and is_method(function, "commit"):
+            to_come -= 1
+            if not to_come:
+                raise KeyboardInterrupt
+
+    left = []
+    for number in count(1):
+        store = open_store(f"db {number}", map_size=cap, max_map_size=cap)
+        store.autoflush_on_read = False
+        store.put_many({b"stored": 1})
+        store.update({b"%d" % key: bytes(cap // 4) for key in range(8)})  # no room
+        to_come = number
+        sys.setprofile(interrupt)
+        try:
+            store.clear()
+        except KeyboardInterrupt:
+            left.append(len(store))
+        else:
+            break
+        finally:
+            sys.setprofile(None)
+    assert left[-1] == 0  # the last commit was that of the clear
+    assert set(left) <= {0, 9}
