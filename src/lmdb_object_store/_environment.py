@@ -329,7 +329,7 @@ class SharedEnvironment(Gate):
             return put or None
         finally:
             try:  # as in Gate
-                txn = None  # see `Pin.end`
+                self.closed or txn.abort()  # see `Pin.end`; a forked child leaves it
             finally:
                 pass
 
@@ -471,7 +471,7 @@ class SharedEnvironment(Gate):
             return _is_as(expected, txn.get(key))
         finally:
             try:  # as in Gate
-                txn = None  # see `Pin.end`
+                self.closed or txn.abort()  # see `Pin.end`; a forked child leaves it
             finally:
                 pass
 
