@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import threading
+from functools import partial
 from itertools import count
 
 import lmdb
@@ -493,7 +494,7 @@ def test_reads_and_puts_do_not_wait_for_a_deletion(
     store, in_thread, erase, moment, number
 ):
     fill(store, 1)
-    erasing = lambda: ERASE[erase](store, KEYS)  # noqa: E731
+    erasing = partial(ERASE[erase], store, KEYS)
     with ParkedAt(in_thread, moment, number, erasing) as parked:
         assert list(store) == list(store.keys("key")) == KEYS
         assert len(store) == len(KEYS)

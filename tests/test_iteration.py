@@ -215,7 +215,7 @@ def test_what_is_there_throughout_is_seen_once_and_in_order(
             del rest[way]
             continue
         seen[way] += [number(kind, entry) for entry in step]
-        do(lambda: change(store, seen[way][-1]))  # noqa: B023
+        do(partial(change, store, seen[way][-1]))
     for (_, backwards), numbers in seen.items():
         check(numbers, backwards)
     assert change is not grow or store.env.info()["map_size"] > 64 * MIB
@@ -1020,7 +1020,7 @@ def test_a_range_costs_the_same_in_a_store_of_any_size(small_and_big, kind, back
             list(islice(walk(store, kind, backwards), 10)),
         ]
 
-    in_small, in_big = (calls(lambda: read(store)) for store in small_and_big)  # noqa: B023
+    in_small, in_big = (calls(partial(read, store)) for store in small_and_big)
     assert len(in_small[1][0]) == 10
     assert in_small[1][:3] == in_big[1][:3]
     assert in_small[0] == in_big[0]
