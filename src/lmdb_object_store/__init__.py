@@ -1,13 +1,16 @@
 """A thread-safe, dict-like store of Python objects on disk, built on LMDB."""
 
+from ._snapshot import Snapshot
 from .exceptions import (
     BusyError,
     ClosedError,
+    ConflictError,
     DiskError,
     GrowthError,
     LostWritesError,
     ReadOnlyError,
     SizeError,
+    SnapshotOpenError,
     UnpickleError,
 )
 from .store import LmdbObjectStore
@@ -17,11 +20,14 @@ __version__ = "1.0.0"
 __all__ = [
     "BusyError",
     "ClosedError",
+    "ConflictError",
     "DiskError",
     "GrowthError",
     "LmdbObjectStore",
     "LostWritesError",
     "ReadOnlyError",
     "SizeError",
+    "Snapshot",
+    "SnapshotOpenError",
     "UnpickleError",
 ]

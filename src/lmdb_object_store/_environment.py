@@ -6,7 +6,8 @@ opened it lives in one `SharedEnvironment` per file and process.
 Locks, in the order in which they may be taken together:
 
 - *write lock*: one writer of the process. Held over commits, growth and close;
-  never while user code runs.
+  never while user code runs. During a transaction block its thread is the writer
+  instead, without the lock: who gets that waits for the end of the block first.
 - *gate* (see `_gate`): reads share it, who moves or unmaps the map has it alone.
 - *buffer lock*, a leaf: the write buffer and its byte count, for a few bytecodes.
   So a put waits for no commit.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -34,31 +36,26 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from ._gate import Gate, under
+from ._gate import _SLICE, Gate, under
 from ._process import let_go, unregister
-from ._ranges import ALL, CHUNK_BYTES, KeyRange, Scan, Tally, adjustment
-from ._reading import (
-    LARGE,
-    LargeValue,
-    ManyValues,
-    is_blob,
-    load,
-    unpickle_error,
-)
+from ._ranges import ALL, CHUNK_BYTES, KeyRange, adjustment
+from ._reading import LARGE, Batch, LargeValue, is_blob, unpickle_error
+from ._snapshot import SnapshotSource
+from ._source import ABSENT, Source
+from ._transaction import Block
 from .exceptions import (
     BusyError,
     ClosedError,
+    ConflictError,
     DiskError,
     GrowthError,
     ReadOnlyError,
+    SnapshotOpenError,
 )
 
 log = logging.getLogger("lmdb_object_store")
 
 _R = TypeVar("_R")
-Batch = dict[bytes, bytes | None]  # what to write under each key; None deletes it
-
-ABSENT: Any = object()
 _GROWTH = 64 * 2**20
 _DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG}
 _DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -72,15 +69,15 @@ _RECYCLE_PAGES = 4
 """Pages that `_recycle` needs beside those on the way to a key."""
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
+_NOTICE = 1.0
+"""Seconds after which growth tells that it waits for snapshots."""
 _READ_FLUSH_PAUSE = 1.0
 """Seconds for which reads leave a buffer alone that they could not flush."""
-_ATTEMPTS = 100
-"""How often `remove_last` looks again at what others put meanwhile."""
 _EXIT_PATIENCE = 5.0
 """Seconds that the flush at exit waits for another (daemon) thread's commit."""
 
 
-class SharedEnvironment(Gate):
+class SharedEnvironment(Gate, Source):
     """An open environment, shared by all threads of this process.
 
     Parameters
@@ -111,8 +108,12 @@ class SharedEnvironment(Gate):
         self.buffer_lock = RLock()
         self.growth_timeout = growth_timeout
 
+        self.guards = threading.local()  # see `_Guard`
+
         # Guarded by the write lock.
-        self.writer: int | None = None  # the thread that holds it
+        self.writer: int | None = None  # the thread that writes
+        self.moving = False  # whether the map is to move, and new snapshots wait
+        self._hurried = False  # whether not to wait for open snapshots
         let_go(self._file_identity())
         self._attach(lmdb.open(path, **options))
         if options.get("writemap") and self.env.lib_version() >= (1,):
@@ -136,11 +137,16 @@ class SharedEnvironment(Gate):
         self.buffer_bytes = 0  # of keys and values, overwritten ones included
         self.settled = 0  # counts the times that it gave up keys
         self.may_buffer = not self.readonly  # a put may just buffer
+        self.block: Block | None = None  # if any is open, beginning or ending
         self.closing = False
         self.exiting = False
         self.lost: Batch = {}  # the buffer of a failed close
 
         self.set_cap(max_map_size)
+
+    @property
+    def gate(self) -> Gate:
+        return self
 
     def _attach(self, env: lmdb.Environment) -> None:
         self.env = env
@@ -238,60 +244,12 @@ class SharedEnvironment(Gate):
             finally:
                 pass
 
-    def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
-        """Return what is stored under `keys`, pending or not, at one moment."""
-        return self.outside_gate(self._read_many, keys)
-
-    def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
-        pending, stored = self.repairing(self.repair, self._begin_many, keys)
-        try:
-            return self._unpickle_many(pending, stored, len(keys))
-        finally:
-            try:  # as in Gate
-                self.in_gate(stored.end)
-            finally:
-                stored.release()
-
-    def _unpickle_many(
-        self, pending: Batch, stored: ManyValues, count: int
-    ) -> dict[bytes, Any]:
-        found: dict[bytes, Any] = {}
-        while count:
-            chunk, raws = self.in_gate(stored.next_chunk)
-            count -= len(chunk)
-            if pending:
-                raws = list(map(pending.get, chunk, raws))
-            unpickle = load if self.large_seen else loads
-            try:
-                for key, raw in zip(chunk, raws, strict=True):
-                    if raw is not None:
-                        found[key] = unpickle(raw)
-            except Exception as error:
-                raise unpickle_error(key, key in pending, error) from error
-        return found
-
-    def _begin_many(
-        self, begin: Callable[..., lmdb.Transaction[Any]], keys: list[bytes]
-    ) -> tuple[dict[bytes, Any], ManyValues]:
-        # A put waits for the buffer lock, and a flush takes nothing out of the
-        # buffer without it: what is pending and the transaction show one moment.
-        return under(self.buffer_lock, self._begin_at_once, begin, keys)
-
-    def _begin_at_once(
-        self, begin: Callable[..., lmdb.Transaction[Any]], keys: list[bytes]
-    ) -> tuple[dict[bytes, Any], ManyValues]:
-        pending = _pick(self.buffer, keys)
-        views = self.large_seen
-        txn = begin(None, None, False, views)
-        return pending, ManyValues(self, txn, keys, views)
-
-    def repairing(
+    def _repairing(
         self,
         repair: Callable[[lmdb.Error, Any], None],
         action: Callable[..., _R],
-        *args: Any,
+        args: tuple[Any, ...],
     ) -> _R:
-        """Call `action` in the gate until it works or can't be repaired."""
         while True:
             begin = self._begin
             try:
@@ -299,64 +257,23 @@ class SharedEnvironment(Gate):
             except lmdb.Error as error:
                 repair(error, begin)
 
-    def look_up(self, key: bytes) -> tuple[bytes | None, bool]:
-        """Return what is stored under `key`, if anything, and whether it is pending."""
-        pending = self.buffer.get(key, ABSENT)
-        if pending is not ABSENT:
-            return pending, True
-        return self.repairing(self.repair, lambda begin: begin().get(key)), False
-
-    def unpickle(self, key: bytes, raw: bytes, buffered: bool = True) -> Any:
-        """Return the object of a pending write, or of what `look_up` returned."""
-        try:
-            return self.outside_gate(loads, raw)
-        except Exception as error:
-            raise unpickle_error(key, buffered, error) from error
-
-    def last_key(self) -> bytes | None:
-        """Return the last key of all. Costs a look at every pending key."""
-        return self.repairing(self.repair, self._last)
-
-    def _last(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bytes | None:
-        txn: Any
-        txn, pending = under(self.buffer_lock, self.begin_with_pending, begin)
-        try:
-            put = max((key for key in pending if pending[key] is not None), default=b"")
-            stored: bytes
-            for stored in txn.cursor().iterprev(True, False):
-                if pending.get(stored, ABSENT) is not None:
-                    return max(stored, put)
-            return put or None
-        finally:
-            try:  # as in Gate
-                self.closed or txn.abort()  # see `Pin.end`; a forked child leaves it
-            finally:
-                pass
-
-    def begin_with_pending(
-        self, begin: Callable[..., lmdb.Transaction[Any]]
-    ) -> tuple[lmdb.Transaction[Any], Batch]:
-        """Return a transaction and a copy of the buffer that show one moment.
-
-        Call it in the gate and under the buffer lock.
-        """
-        return begin(), dict(self.buffer)
-
     def count(self, keys: KeyRange) -> int:
-        """Return how many entries a key range has, at one moment."""
         if self.buffer or keys != ALL:
-            return Tally(self, keys).result()
-        entries: int = self.repairing(
-            self.repair, lambda begin: begin().stat()["entries"]
-        )
+            return super().count(keys)
+        entries: int = self.visit(lambda begin: begin().stat()["entries"])
         return entries
 
-    def has_large_values(self) -> bool:
-        """Whether the values that don't fit in leaves are more than one chunk.
+    def gives_views(self, values: bool) -> bool:
+        # If what doesn't fit in leaves is more than one chunk.
+        return (
+            values and self.env.stat()["overflow_pages"] * self._page_size > CHUNK_BYTES
+        )
 
-        Call it in the gate.
-        """
-        return self.env.stat()["overflow_pages"] * self._page_size > CHUNK_BYTES
+    def visit(self, action: Callable[..., _R], *args: Any) -> _R:
+        return self._repairing(self.repair, action, args)
+
+    def visit_as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
+        return self._repairing(self._repair, action, args)
 
     def repair(self, error: lmdb.Error, begin: Any) -> None:
         """Make a read that met `error` possible again, or raise it.
@@ -395,32 +312,55 @@ class SharedEnvironment(Gate):
         If that flush fails, the write is refused: it has never been in the
         buffer, so no other thread can have seen it.
         """
+        block = self.block
+        source = self if block is None else self.current()
+        if isinstance(source, Block):
+            source.write(key, raw, batch_size, batch_bytes)
+            return
         count = len(self.buffer) + (key not in self.buffer)
         size = len(key) + len(raw or b"")
         total = self.buffer_bytes + size
-        must_flush = count >= batch_size or total >= batch_bytes
+        must_wait = must_flush = count >= batch_size or total >= batch_bytes
         if must_flush or not self.may_buffer:
             self.check_writable()
             # Don't wait for another thread's commit, within reason.
             patient = (
                 self.writer is not None
                 and not self.exiting
+                and block is None
                 and count < 2 * batch_size
                 and total < 2 * batch_bytes
             )
-            must_flush = not patient and not self.inside()
-            if must_flush and count < batch_size and not self.exiting:
+            must_wait = not patient and not self.inside()
+            if must_wait and count < batch_size and not self.exiting and block is None:
                 # Overwritten values are counted twice, so look closely.
                 total = _size({**self.buffer, key: raw})
                 size = total - self.buffer_bytes
-                must_flush = total >= batch_bytes
-        if not must_flush:
+                must_wait = total >= batch_bytes
+        if not must_wait:
             with self.buffer_lock:  # no call in here: see put
-                if not self.closing:
+                if not self.closing and self.block is block:
                     self.buffer[key] = raw
                     self.buffer_bytes += size
                     return
-        self.as_writer(self._flush, {key: raw})
+            if not self.closing:  # a transaction block has begun or ended
+                self.write(key, raw, batch_size, batch_bytes)
+                return
+        self.as_writer(self._write_now, key, raw, (batch_size, batch_bytes))
+
+    def _write_now(
+        self, key: bytes, raw: bytes | None, limits: tuple[int, int]
+    ) -> None:
+        self.check_writable()
+        size = len(key) + len(raw or b"")
+        if self._is_full(limits, key not in self.buffer, size):
+            self._flush({key: raw})
+        else:  # it has waited for a transaction block, say
+            under(self.buffer_lock, self._add, key, raw, size)
+
+    def _add(self, key: bytes, raw: bytes | None, size: int) -> None:
+        self.buffer[key] = raw
+        self.buffer_bytes += size
 
     def exchange(
         self, key: bytes, expected: Any, raw: bytes | None, limits: tuple[int, int]
@@ -454,27 +394,6 @@ class SharedEnvironment(Gate):
                 self._flush({key: raw}, batch)
                 return True
 
-    def _holds(self, key: bytes, pending: Any, expected: Any) -> bool:
-        """Whether what is stored under `key`, or `pending`, is as expected."""
-        if pending is not ABSENT:
-            return _is_as(expected, pending)
-        return self.repairing(self._repair, self._look, key, expected)
-
-    def _look(
-        self,
-        begin: Callable[..., lmdb.Transaction[memoryview]],
-        key: bytes,
-        expected: Any,
-    ) -> bool:
-        txn: Any = begin(None, None, False, True)
-        try:
-            return _is_as(expected, txn.get(key))
-        finally:
-            try:  # as in Gate
-                self.closed or txn.abort()  # see `Pin.end`; a forked child leaves it
-            finally:
-                pass
-
     def _is_full(self, limits: tuple[int, int], count: int, size: int) -> bool:
         """Whether to flush, if `count` more keys and `size` more bytes are put."""
         return (
@@ -482,20 +401,6 @@ class SharedEnvironment(Gate):
             or self.buffer_bytes + size >= limits[1]
             or self.exiting
         )
-
-    def _swap(self, key: bytes, pending: Any, raw: bytes | None, size: int) -> bool:
-        # From the comparison to the end there is no call (see put), nor a jump,
-        # where 3.10 could call a signal handler as well.
-        if pending is ABSENT:
-            if key not in self.buffer:
-                self.buffer[key] = raw
-                self.buffer_bytes += size
-                return True
-        elif self.buffer[key] is pending:
-            self.buffer[key] = raw
-            self.buffer_bytes += size
-            return True
-        return False
 
     def remove_last(self, key: bytes, expected: bytes, limits: tuple[int, int]) -> bool:
         """Delete an entry as `exchange` does, if none comes after it.
@@ -508,7 +413,7 @@ class SharedEnvironment(Gate):
             with suppress(GrowthError):
                 self._flush()
         pending = dict(self.buffer)
-        if self.repairing(self._repair, self._last) != key or not self._holds(
+        if self.visit_as_writer(self._last) != key or not self._holds(
             key, pending.get(key, ABSENT), expected
         ):
             return False
@@ -518,19 +423,6 @@ class SharedEnvironment(Gate):
             self._flush({key: None}, pending)
             return True
         return under(self.buffer_lock, self._swap_last, key, pending, len(key))
-
-    def _swap_last(self, key: bytes, pending: Batch, size: int) -> bool:
-        for _ in range(_ATTEMPTS):
-            if self.buffer == pending:  # as in `_swap`
-                self.buffer[key] = None
-                self.buffer_bytes += size
-                return True
-            now = dict(self.buffer)
-            for other, raw in now.items():
-                if other >= key and raw is not pending.get(other, ABSENT):
-                    return False
-            pending = now
-        return False
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         """Delete `keys` in one transaction; return how many existed."""
@@ -552,6 +444,8 @@ class SharedEnvironment(Gate):
         self.check_writable()
         try:
             self._flush()  # as in `_write_many`
+        except SnapshotOpenError:
+            raise
         except (GrowthError, DiskError):
             # There is no room for what is pending, so some of it has to go, too.
             # With the database, at one moment for all: no read comes between.
@@ -613,13 +507,14 @@ class SharedEnvironment(Gate):
         """Persist what is pending, unless that would wait or has just failed."""
         if (
             self.writer is not None
+            or self.block is not None
             or self.closing
             or self.inside()
             or time.monotonic() < self._read_flush_due
         ):
             return
         try:
-            self.as_writer(self._flush)
+            self.as_writer(self._flush_hurried)
         except Exception:
             self._read_flush_due = time.monotonic() + _READ_FLUSH_PAUSE
             log.error(
@@ -627,6 +522,14 @@ class SharedEnvironment(Gate):
                 self.path,
                 exc_info=True,
             )
+
+    def _flush_hurried(self) -> None:
+        # A read waits for no open snapshot.
+        self._hurried = True
+        try:
+            self._flush()
+        finally:
+            self._hurried = False
 
     def _flush(self, extra: Batch | None = None, pending: Batch | None = None) -> None:
         """Commit the buffer and `extra`, then empty the buffer.
@@ -641,6 +544,8 @@ class SharedEnvironment(Gate):
             return
         try:
             self._commit(batch)
+        except SnapshotOpenError:
+            raise
         except GrowthError:
             # Deletions by themselves may make the room that the puts need.
             deletions: Batch = {key: None for key in pending if pending[key] is None}
@@ -727,10 +632,12 @@ class SharedEnvironment(Gate):
             begin = self._begin
             try:
                 if not free and self._near_cap(batch, count):
-                    self._rehearse(begin, work, reserve)
-                return _transact(begin, work)
+                    self._rehearse(work, reserve)
+                return _transact(self._begin_writing, self._or_wait(work))
+            except (ConflictError, SnapshotOpenError):
+                raise
             except lmdb.MapFullError:
-                if not self._recycle(begin):
+                if not self._recycle():
                     self._grow(batch, count)
             except lmdb.Error as error:
                 if getattr(error, "code", 0) in _DISK_CODES:
@@ -741,6 +648,42 @@ class SharedEnvironment(Gate):
                     ) from error
                 self._repair(error, begin)
 
+    def _begin_writing(self) -> lmdb.Transaction[Any]:
+        block = self.block
+        if block is None or not block.committing:
+            return self._begin(write=True)
+        if block.txn is None:
+            block.txn = self._begin(write=True)
+            if block.txn.id() != block.id:
+                raise ConflictError(
+                    f"Another process has written to {self.path!r} while room was made "
+                    "for a transaction block. Nothing of the block is written: run it "
+                    "again."
+                )
+        txn, block.txn = block.txn, None
+        return txn
+
+    def _or_wait(
+        self, work: Callable[[lmdb.Transaction[Any]], _R]
+    ) -> Callable[[lmdb.Transaction[Any]], _R]:
+        """Return `work` as a transaction block does it.
+
+        It waits for open snapshots while LMDB's lock still keeps other processes
+        from writing, rather than when the map is about to grow.
+        """
+        if self.block is None:
+            return work
+
+        def work_or_wait(txn: lmdb.Transaction[Any]) -> _R:
+            try:
+                return work(txn)
+            except lmdb.MapFullError:
+                if self.env.info()["map_size"] < self._cap():
+                    self._await_snapshots(time.monotonic() + self.growth_timeout)
+                raise
+
+        return work_or_wait
+
     def _near_cap(self, batch: Batch, count: int) -> bool:
         return (
             self.max_map_size is not None
@@ -750,7 +693,6 @@ class SharedEnvironment(Gate):
 
     def _rehearse(
         self,
-        begin: Callable[..., lmdb.Transaction[Any]],
         work: Callable[[lmdb.Transaction[Any]], Any],
         reserve: int | None,
     ) -> None:
@@ -763,7 +705,7 @@ class SharedEnvironment(Gate):
             puts = [(_spare_key(number), filler) for number in range(pages)]
             txn.cursor().putmulti(puts)
 
-        _transact(begin, work_and_fill, commit=False)
+        _transact(self._begin_writing, work_and_fill, commit=False)
 
     def _needed(self, batch: Batch, count: int) -> int:
         """Estimate the map size that a write needs, rather above than below.
@@ -787,7 +729,7 @@ class SharedEnvironment(Gate):
             size += 4 * (len(key) + 16)
         return (pages + pages // 512) * page + size
 
-    def _recycle(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
+    def _recycle(self) -> bool:
         """At the cap, make the pages usable that the last commit has freed.
 
         LMDB uses them from the second transaction after it on, which never comes
@@ -797,9 +739,13 @@ class SharedEnvironment(Gate):
         if info["map_size"] < self._cap() or info["last_txnid"] == self._recycled:
             return False
         try:
-            _transact(begin, _touch)
+            _transact(self._begin_writing, _touch)
+        except ConflictError:
+            raise
         except lmdb.Error:
             return False
+        if self.block is not None:
+            self.block.id += 1
         self._recycled = self.env.info()["last_txnid"]
         return True
 
@@ -822,17 +768,23 @@ class SharedEnvironment(Gate):
 
     def _resize(self, size: int) -> None:
         """Move the map; 0 adopts the size that another process has set."""
+        deadline = time.monotonic() + self.growth_timeout
         try:
-            self.alone(self.growth_timeout, self._set_map_size, size)
+            moved = False
+            while not moved:
+                self._await_snapshots(deadline)
+                moved = self.alone(self.growth_timeout, self._set_map_size, size)
         except (lmdb.Error, MemoryError) as error:
-            if not size:
+            if not size or isinstance(error, SnapshotOpenError):
                 raise
             raise GrowthError(
                 f"The map of {self.path!r} is full and could not be grown to {size} "
                 f"bytes: {error} What was pending still is; flush again later."
             ) from error
 
-    def _set_map_size(self, size: int) -> None:
+    def _set_map_size(self, size: int) -> bool:
+        if self._snapshots():
+            return False  # opened since then
         try:
             self.env.set_mapsize(size)
         except lmdb.Error:
@@ -841,6 +793,58 @@ class SharedEnvironment(Gate):
             raise
         self._map_size = self.env.info()["map_size"]
         self._attach(self.env)
+        return True
+
+    def _snapshots(self) -> list[SnapshotSource]:
+        """Return the open snapshots."""
+        return [
+            pin
+            for pin in self.pins()
+            if isinstance(pin, SnapshotSource) and not pin.closed
+        ]
+
+    def _holds_snapshot(self) -> bool:
+        """Whether this thread has opened one of the open snapshots."""
+        me = get_ident()
+        return any(snapshot.thread == me for snapshot in self._snapshots())
+
+    def _await_snapshots(self, deadline: float) -> None:
+        """Wait until the map may move, and let reads go on meanwhile."""
+        notice = None
+        self.moving = True
+        try:
+            while self._snapshots():
+                hopeless = self._hurried or self._holds_snapshot()
+                if hopeless or time.monotonic() >= deadline:
+                    raise self._snapshot_error()
+                if notice is None:
+                    notice = threading.Timer(_NOTICE, self._tell_what_growth_awaits)
+                    with suppress(RuntimeError):  # the interpreter is about to end
+                        notice.start()
+                time.sleep(0.001)
+        finally:
+            self.moving = False
+            if notice is not None:
+                notice.cancel()
+
+    def _tell_what_growth_awaits(self) -> None:
+        # In a thread of its own, since a logging handler is user code.
+        for snapshot in self._snapshots():
+            log.warning(
+                "%s: growth waits for a snapshot that thread %d opened %.1f s ago",
+                self.path,
+                snapshot.thread,
+                time.monotonic() - snapshot.opened,
+            )
+
+    def _snapshot_error(self) -> SnapshotOpenError:
+        whose = "one of them by this thread" if self._holds_snapshot() else "for long"
+        return SnapshotOpenError(
+            f"The map of {self.path!r} has to move, but {len(self._snapshots())} "
+            f"snapshots are open, {whose}. Close snapshots sooner, or open the store "
+            "with a larger map_size, so that it need not grow. What was pending still "
+            "is; flush again later."
+        )
 
     def _alive(self) -> bool:
         try:
@@ -851,6 +855,10 @@ class SharedEnvironment(Gate):
 
     def _reopen(self) -> None:
         """Open the same file again, which an error has put out of action."""
+        for snapshot in self._snapshots():
+            snapshot.release()
+        if self.block is not None:
+            self.block.txn = None  # `_begin_writing` looks what has happened meanwhile
         self.env.close()
         if self._file_identity() != self.identity:
             raise ClosedError(
@@ -869,11 +877,14 @@ class SharedEnvironment(Gate):
     def inside(self) -> bool:
         """Whether this thread is interrupted while it writes, reads or buffers."""
         me = get_ident()
+        block = self.block
         return (
             self.writer == me
             or self.readers.get(me, False)
             # Private, but what threading.Condition relies on as well.
             or self.buffer_lock._is_owned()  # type: ignore[attr-defined]
+            # A transaction block that begins or ends.
+            or (block is not None and block.thread == me and not block.open)
         )
 
     def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
@@ -883,6 +894,8 @@ class SharedEnvironment(Gate):
         ------
         BusyError
             This thread was interrupted while writing or in the gate.
+        SnapshotOpenError
+            The writer waits for a snapshot that this thread has to close.
         """
         if self.inside():
             raise BusyError(
@@ -891,12 +904,73 @@ class SharedEnvironment(Gate):
                 "flush, write many, grow or close."
             )
         news: list[tuple[Any, ...]] = []
+        block = self.block
         try:
-            result: _R = under(self.write_lock, self._as_writer, news, action, args)
+            if block is not None and block.thread == get_ident():
+                if not block.lost:
+                    return self._as_writer(news, action, args)
+                block.finish()
+            if self._pins and self._holds_snapshot():
+                return self._as_patient_writer(news, action, args)
+            result: _R = under(
+                self.write_lock, self._as_next_writer, news, action, args
+            )
             return result
         finally:
             for line in news:  # a logging handler is user code: it may wait for us
                 log.log(*line)
+
+    def _as_patient_writer(
+        self,
+        news: list[tuple[Any, ...]],
+        action: Callable[..., _R],
+        args: tuple[Any, ...],
+    ) -> _R:
+        """Wait as a thread with an open snapshot has to.
+
+        1. This thread, which has a snapshot open, waits for the write lock.
+        2. Its holder has to grow the map, and waits for the snapshot.
+        3. Both wait until `growth_timeout` is over, unless this one gives up.
+        """
+        while True:
+            try:
+                if self.write_lock.acquire(timeout=_SLICE):
+                    self._await_block(self._fail_if_moving)
+                    return self._as_next_writer(news, action, args)
+            finally:
+                try:  # asking first would leave room for an interrupt
+                    self.write_lock.release()
+                except RuntimeError:
+                    pass  # it was not acquired
+            self._fail_if_moving()
+
+    def _fail_if_moving(self) -> None:
+        if self.moving:
+            raise self._snapshot_error()
+
+    def _await_block(self, check: Callable[[], None]) -> None:
+        """Wait for the end of another thread's block, and `check` meanwhile."""
+        while self.block is not None and not self.block.lost:
+            check()
+            time.sleep(0.001)
+
+    def _as_next_writer(
+        self,
+        news: list[tuple[Any, ...]],
+        action: Callable[..., _R],
+        args: tuple[Any, ...],
+    ) -> _R:
+        block = self.block
+        if block is not None:
+            block.wait()
+            if self.block is not None:
+                raise BusyError(
+                    f"A transaction block of {self.path!r} has been left in another "
+                    "thread than the one that began it, which alone can end it: by "
+                    "using the store again, or by ending itself. Nothing can be "
+                    "written before that."
+                )
+        return self._as_writer(news, action, args)
 
     def _as_writer(
         self,
@@ -914,6 +988,73 @@ class SharedEnvironment(Gate):
                 self._to_log = []
             finally:
                 pass
+
+    # Transaction blocks and snapshots
+
+    def current(self) -> SharedEnvironment | Block:
+        """Return what the operations of this thread belong to."""
+        block = self.block
+        if block is None or block.thread != get_ident():
+            return self
+        if block.lost:
+            block.finish()
+        if not block.open:
+            return self
+        block.check()
+        return block
+
+    def open_block(self, block: Block) -> None:
+        """Begin a transaction block of this thread; flush what is pending before.
+
+        It may be begun in part if this raises; then `Block.finish` ends it.
+        """
+        self.as_writer(self._open_block, block)
+
+    def _open_block(self, block: Block) -> None:
+        self.check_writable()
+        self.guards.guard = _Guard(block)
+        with self.buffer_lock:
+            self.block = block
+            self.may_buffer = False
+        while True:
+            self._flush()
+            begin = self._begin
+            try:
+                # Kept nowhere else: see `under`.
+                block.txn = begin(write=True)
+            except lmdb.Error as error:
+                self._repair(error, begin)
+                continue
+            block.id = block.txn.id()
+            if under(self.buffer_lock, block.begin):
+                return
+            block.txn.abort()  # a signal handler has put something
+
+    def commit_block(self, block: Block) -> None:
+        """Commit what a block has changed. Call it `as_writer`."""
+        block.committing = True
+        block.open = False
+        if block.buffer:
+            self._commit(block.buffer)
+
+    def block_ended(self, block: Block) -> None:
+        """Let others write."""
+        vars(self.guards).clear()
+        with self.buffer_lock:
+            if self.block is block:
+                self.block = None
+                self.may_buffer = not (self.readonly or self.closing or self.exiting)
+
+    def open_snapshot(self, snapshot: SnapshotSource) -> None:
+        """Open a snapshot, which has what is pending, too."""
+        if self.current() is not self:
+            raise BusyError(
+                f"snapshot() was called inside a transaction block of {self.path!r}, "
+                "whose changes no snapshot can have; take it before or after."
+            )
+        if self.buffer or (self.moving and not self._holds_snapshot()):
+            self.as_writer(self._flush)
+        self.visit(snapshot.begin)
 
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""
@@ -934,6 +1075,11 @@ class SharedEnvironment(Gate):
                 "close() was called while this thread is reading from the store "
                 "(by something that an unpickling runs, for example); close it "
                 "after the read."
+            )
+        if self.current() is not self:
+            raise BusyError(
+                f"close() was called inside a transaction block of {self.path!r}; "
+                "close it after the block."
             )
         error = self.as_writer(self._close)
         if error is not None:
@@ -970,9 +1116,9 @@ class SharedEnvironment(Gate):
             self.lost = self.buffer
             self.buffer = {}
             self.settled += 1
-            for pin in self.pins():
-                if isinstance(pin, Scan):  # the others go on with their copies
-                    pin.release()
+            for snapshot in self._snapshots():
+                snapshot.release()
+            self.end_scans()  # other pins go on with their copies
 
     def abandon(self) -> None:
         """Close for a handle that was garbage-collected without being closed."""
@@ -987,15 +1133,26 @@ class SharedEnvironment(Gate):
         been stopped with the write lock in its hands, so the wait has an end.
         """
         self.write_through()
-        try:
-            if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
+        deadline = time.monotonic() + _EXIT_PATIENCE
+
+        def check() -> None:
+            if time.monotonic() >= deadline:
                 raise BusyError("Another thread is still writing.")
+
+        try:
+            block = self.block
+            if block is not None and block.thread == get_ident():
+                block.finish()  # of a generator that nobody has closed, say
+            if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
+                check()
             try:
+                self._await_block(check)
                 self.as_writer(self._finish)
             finally:
                 self.write_lock.release()
         except Exception as error:
-            self._log_loss("Flush at exit", error)
+            if self.buffer or not isinstance(error, BusyError):
+                self._log_loss("Flush at exit", error)
         self._warn_unclosed()
 
     def write_through(self) -> None:
@@ -1011,9 +1168,15 @@ class SharedEnvironment(Gate):
         that don't exist here, and a read transaction that is aborted or closed
         here would free a reader slot that the parent is using.
         """
-        self.at_rest = self.writer is None and True not in self.readers.values()
+        block = self.block
+        self.at_rest = (
+            self.writer is None and block is None and True not in self.readers.values()
+        )
         for pin in self.pins():
             pin.release()
+        if block is not None:
+            self.block = None
+            block.end(", as it belongs to the parent process")
         super().__init__()
         self.write_lock = RLock()
         self.buffer_lock = RLock()
@@ -1051,15 +1214,15 @@ class SharedEnvironment(Gate):
         return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
 
 
-def _pick(batch: Batch, keys: list[bytes]) -> Batch:
-    return {key: batch[key] for key in keys if key in batch} if batch else {}
+class _Guard:
+    """Ends a transaction block with its thread: a thread-local refers to this."""
 
+    def __init__(self, block: Block) -> None:
+        self._block = block
 
-def _is_as(expected: Any, raw: Any) -> bool:
-    """Whether `raw`, perhaps a view of the map, is what `exchange` expects."""
-    if expected is None or raw is None:
-        return expected is raw
-    return expected is ABSENT or bytes(raw) == expected
+    def __del__(self) -> None:
+        if not self._block.closed:
+            self._block.finish()
 
 
 def _spare_key(number: int) -> bytes:
@@ -1071,12 +1234,12 @@ def _size(batch: Batch) -> int:
 
 
 def _transact(
-    begin: Callable[..., lmdb.Transaction[Any]],
+    begin: Callable[[], lmdb.Transaction[Any]],
     work: Callable[[lmdb.Transaction[Any]], _R],
     commit: bool = True,
 ) -> _R:
     """Call ``work(txn)`` in a write transaction."""
-    txn = begin(write=True)
+    txn = begin()
     try:
         result = work(txn)
         if commit:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lmdb
 
 from ._gate import Pin, under
-from ._reading import LARGE, LargeValue, load, unpickle_error
+from ._reading import LARGE, Batch, LargeValue, load, unpickle_error
 
 if TYPE_CHECKING:
-    from ._environment import Batch, SharedEnvironment
     from ._keys import KeyCodec
+    from ._source import Source
 
 CHUNK_BYTES = 2**20
 """Bytes of values up to which a chunk is copied without looking at their sizes."""
@@ -80,24 +80,15 @@ class Scan(Pin):
     """
 
     __slots__ = (
-        *(
-            "_ahead",
-            "_buffered",
-            "_count",
-            "_env",
-            "_more",
-            "_rest",
-            "_reverse",
-            "_rows",
-        ),
-        *("_seen", "_settled", "_values", "_views"),
+        *("_ahead", "_buffered", "_count", "_more", "_rest", "_reverse", "_rows"),
+        *("_seen", "_settled", "_values", "_views", "source"),
     )
 
     def __init__(
-        self, env: SharedEnvironment, keys: KeyRange, reverse: bool, values: bool
+        self, source: Source, keys: KeyRange, reverse: bool, values: bool
     ) -> None:
         super().__init__()
-        self._env = env
+        self.source = source
         self._rest = keys
         self._more = True
         self._reverse = reverse
@@ -111,8 +102,8 @@ class Scan(Pin):
         # what is new since the last chunk is the end of it, beyond `_seen`.
         self._ahead: list[bytes] = []
         self._seen = 0
-        self._settled = env.settled
-        env.pin(self)
+        self._settled = source.settled
+        source.gate.pin(self)
 
     def keys(self, codec: KeyCodec | None = None) -> Iterator[Any]:
         """Iterate over the keys, named by `codec` or as they are stored."""
@@ -145,7 +136,7 @@ class Scan(Pin):
             yield key, value
 
     def _chunks(self, codec: KeyCodec | None) -> Iterator[list[Any]]:
-        env = self._env
+        source = self.source
         while True:
             rows = self._chunk() if self._more else []
             if codec and rows:
@@ -157,31 +148,31 @@ class Scan(Pin):
             # Close ends iterators thus: it sets `closed`, then empties what they
             # are at. Either that comes after this, or the check does after that.
             self._rows = rows
-            if env.closed:
-                raise env.closed_error()
+            if source.closed:
+                raise source.closed_error()
             if not rows and not self._more:
                 return
             yield rows
 
     def _chunk(self) -> list[Any]:
         """Return more entries (or keys) in order; none does not mean the end."""
-        env = self._env
-        if env.buffer:  # most of what is new is sorted in here, without the lock
-            new = env.in_gate(under, env.buffer_lock, self._new_pending)
+        source = self.source
+        if source.buffer:  # most of what is new is sorted in here, without the lock
+            new = source.gate.in_gate(under, source.buffer_lock, self._new_pending)
             self._sort_in(new)
-        return env.repairing(env.repair, self._read)
+        return source.visit(self._read)
 
     def _new_pending(self) -> list[bytes]:
         """Return pending keys that came after those returned before.
 
         Call it under the buffer lock.
         """
-        env = self._env
-        if self._settled != env.settled:
-            self._settled = env.settled
+        source = self.source
+        if self._settled != source.settled:
+            self._settled = source.settled
             self._ahead = []
             self._seen = 0
-        new = _end_of(env.buffer, self._seen)
+        new = _end_of(source.buffer, self._seen)
         self._seen += len(new)
         return new
 
@@ -197,23 +188,27 @@ class Scan(Pin):
         self, begin: Callable[..., lmdb.Transaction[Any]]
     ) -> tuple[lmdb.Transaction[Any], Batch]:
         self._sort_in(self._new_pending())
-        buffer = self._env.buffer
+        buffer = self.source.buffer
         keys = self._ahead[: -self._count - 1 : -1]
         pending = dict(zip(keys, map(buffer.__getitem__, keys), strict=True))
         return begin(None, None, False, self._views), pending
 
     def _read(self, begin: Callable[..., lmdb.Transaction[Any]]) -> list[Any]:
-        self._views = self._values and self._env.has_large_values()
+        source = self.source
+        self._views = source.gives_views(self._values)
         try:
-            self.txn, pending = under(self._env.buffer_lock, self._begin_at_once, begin)
-            if self._views:
+            self.txn, pending = under(source.buffer_lock, self._begin_at_once, begin)
+            if self._views and self._values:
                 rows, more = self._copy(self.txn)
             else:
-                rows = list(self._entries())
+                rows = list(
+                    map(bytes, self._entries()) if self._views else self._entries()
+                )
                 more = len(rows) == self._count
         finally:
             try:  # as in Gate
-                self.end()
+                if not source.lasting:
+                    self.end()
             finally:
                 self.txn = None
         return self._chunk_of(rows, more, pending)
@@ -237,7 +232,7 @@ class Scan(Pin):
                 return rows, True
             if size >= LARGE:
                 self.txn = None  # it goes on with the value
-                return [(key, LargeValue(self._env, txn, value))], True
+                return [(key, LargeValue(self.source.gate, txn, value))], True
             rows.append((key, value.tobytes()))
         return rows, len(rows) == self._count
 
@@ -296,24 +291,24 @@ def _end_of(buffer: Batch, start: int) -> list[bytes]:
 class Tally(Pin):
     """The number of entries in a key range, pending writes included, at one moment."""
 
-    __slots__ = ("_count", "_env", "_keys", "_rest")
+    __slots__ = ("_count", "_keys", "_rest", "_source")
 
-    def __init__(self, env: SharedEnvironment, keys: KeyRange) -> None:
+    def __init__(self, source: Source, keys: KeyRange) -> None:
         super().__init__()
-        self._env = env
+        self._source = source
         self._keys = self._rest = keys
         self._count = 0
-        env.pin(self)
+        source.gate.pin(self)
 
     def result(self) -> int:
         """Count. Only bounds make that a scan, of keys."""
-        env = self._env
+        source = self._source
         try:
-            while env.repairing(env.repair, self._step):
+            while source.visit(self._step):
                 pass
         finally:
             try:  # as in Gate
-                env.in_gate(self.end)
+                source.lasting or source.gate.in_gate(self.end)
             finally:
                 self.release()
         return self._count
@@ -321,8 +316,9 @@ class Tally(Pin):
     def _step(self, begin: Callable[..., lmdb.Transaction[Any]]) -> bool:
         """Count some keys; return whether more are left."""
         if self.txn is None:
-            env = self._env
-            self.txn, pending = under(env.buffer_lock, env.begin_with_pending, begin)
+            source = self._source
+            lock = source.buffer_lock
+            self.txn, pending = under(lock, source.begin_with_pending, begin)
             pending = {key: pending[key] for key in filter(self._keys.holds, pending)}
             self._rest = self._keys
             self._count = adjustment(self.txn, pending)
@@ -330,11 +326,11 @@ class Tally(Pin):
             self._count += self.txn.stat()["entries"]
             return False
         keys = list(islice(_entries(self.txn, self._rest, False, False), _MAX_KEYS))
-        if not keys or not self._rest.holds(keys[-1]):
-            self._count += sum(map(self._rest.holds, keys))
+        if not keys or not self._rest.holds(last := bytes(keys[-1])):
+            self._count += sum(map(self._rest.holds, map(bytes, keys)))
             return False
         self._count += len(keys)
-        self._rest = self._rest.beyond(keys[-1], False)
+        self._rest = self._rest.beyond(last, False)
         return True
 
     def detach(self) -> None:

@@ -11,6 +11,8 @@ from ._gate import Gate, Pin
 from ._keys import describe
 from .exceptions import UnpickleError
 
+Batch = dict[bytes, bytes | None]  # what to write under each key; None deletes it
+
 LARGE = 128 * 2**10
 """Bytes from which a value is unpickled out of the map piece by piece.
 

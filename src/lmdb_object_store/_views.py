@@ -6,12 +6,13 @@ from collections.abc import ItemsView, Iterator, KeysView, MappingView, ValuesVi
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._environment import ABSENT
 from ._ranges import KeyRange, Scan
+from ._source import ABSENT
 
 if TYPE_CHECKING:
+    from ._gate import Gate
     from ._keys import KeyCodec
-    from .store import LmdbObjectStore
+    from ._mapping import StoreMapping
 
 _K = TypeVar("_K", covariant=True)
 _V = TypeVar("_V", covariant=True)
@@ -25,13 +26,13 @@ class _RangeView(MappingView):
     whole store).
     """
 
-    __slots__ = ("_bounds", "_range", "_store")
+    __slots__ = ("_bounds", "_store", "range")
 
-    def __init__(self, store: LmdbObjectStore[Any, Any], **bounds: Any) -> None:
+    def __init__(self, store: StoreMapping[Any, Any], **bounds: Any) -> None:
         super().__init__(store)
-        env = store._env
-        if env.closed:
-            raise env.closed_error()
+        source = store._source()
+        if source.closed:
+            raise source.closed_error()
         self._store = store
         encode = store._codec.encode_bound
         self._bounds = {
@@ -39,14 +40,14 @@ class _RangeView(MappingView):
         }
         encoded = {name: encode(bound) for name, bound in self._bounds.items()}
         keys = KeyRange(encoded.get("start", b""), encoded.get("stop"))
-        self._range = keys.starting_with(encoded.get("prefix", b""))
+        self.range = keys.starting_with(encoded.get("prefix", b""))
 
     def __len__(self) -> int:
-        return self._store._env.count(self._range)
+        return self._store._source().count(self.range)
 
     def __repr__(self) -> str:
         bounds = "".join(f", {name}={key!r}" for name, key in self._bounds.items())
-        return f"<{type(self).__name__} of {self._store.db_path!r}{bounds}>"
+        return f"<{type(self).__name__} of {self._store._path!r}{bounds}>"
 
     def _encode(self, key: object) -> bytes | None:
         """Return the bytes of a key of this range, None for everything else."""
@@ -54,16 +55,13 @@ class _RangeView(MappingView):
             raw = self._store._codec.encode(key)
         except (TypeError, ValueError):
             return None  # a set operation may ask about anything
-        return raw if self._range.holds(raw) else None
+        return raw if self.range.holds(raw) else None
 
     def _scan(self, reverse: bool, values: bool = True) -> Scan:
-        store = self._store
-        env = store._env
-        if env.closed:
-            raise env.closed_error()
-        if env.buffer and store.autoflush_on_read:
-            env.flush_for_read()
-        return Scan(env, self._range, reverse, values)
+        source = self._store._reading()
+        if source.closed:
+            raise source.closed_error()
+        return Scan(source, self.range, reverse, values)
 
     def _names(self) -> KeyCodec | None:
         codec = self._store._codec
@@ -74,6 +72,11 @@ class StoreKeysView(_RangeView, KeysView[_K]):
     """The keys of a range, with the set operations of ``dict.keys()``."""
 
     __slots__ = ()
+
+    def is_of(self, gate: Gate) -> bool:
+        """Whether these are keys of that environment as it is."""
+        source = self._store._source()
+        return source.gate is gate and not source.lasting
 
     def __contains__(self, key: object) -> bool:
         """Return whether `key` is in the range and in the store."""

@@ -8,7 +8,7 @@ import lmdb
 
 
 class ClosedError(lmdb.Error):
-    """The store is closed."""
+    """The store, the snapshot or the transaction block is closed."""
 
 
 class ReadOnlyError(lmdb.ReadonlyError):
@@ -23,6 +23,23 @@ class GrowthError(lmdb.MapFullError):
     """The map is full and can't grow; whatever was pending is still pending."""
 
 
+class SnapshotOpenError(GrowthError):
+    """The map is full and can't grow, since that would end open snapshots.
+
+    Raised at once to a thread that has opened one of them itself, else after
+    `LmdbObjectStore.growth_timeout` seconds. Close snapshots sooner, or give the
+    store a larger ``map_size``, so that it need not grow.
+    """
+
+
+class ConflictError(lmdb.Error):
+    """Another process has written while a transaction block had to let it.
+
+    That can be so only where the map was too full for the block. Nothing of the
+    block is written: run it again.
+    """
+
+
 class DiskError(lmdb.DiskError):
     """The disk is full or failing; whatever was pending is still pending."""
 
@@ -31,9 +48,10 @@ class BusyError(lmdb.Error):
     """The call can't be served at this moment without a deadlock.
 
     Raised to code that runs *inside* an operation of the same store on the same
-    thread (a signal handler, a finalizer, an unpickling), and after
+    thread (a signal handler, a finalizer, an unpickling), after
     `LmdbObjectStore.growth_timeout` seconds to a call that waits for reads that
-    don't end.
+    don't end, and for what can't be done inside a transaction block: by another
+    asyncio task of its thread, or to close the store or take a snapshot.
     """
 
 

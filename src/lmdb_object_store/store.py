@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from enum import Enum
 from pickle import HIGHEST_PROTOCOL, dumps
-from types import GenericAlias, MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MappingProxyType,
+    TracebackType,
+)
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import lmdb
 
-from ._environment import ABSENT, MAX_VALUE, SharedEnvironment, log
+from ._environment import MAX_VALUE, SharedEnvironment, log
 from ._keys import KeyCodec, describe
+from ._mapping import _K, _T, _V, StoreMapping, refuse_single
 from ._process import register
 from ._ranges import ALL
-from ._views import StoreItemsView, StoreKeysView, StoreValuesView
-from .exceptions import ClosedError, GrowthError, LostWritesError, SizeError
+from ._scope import Scope
+from ._snapshot import Snapshot, SnapshotScope, SnapshotSource
+from ._source import ABSENT
+from ._transaction import Block, BlockScope
+from ._views import StoreKeysView
+from .exceptions import (
+    BusyError,
+    ClosedError,
+    GrowthError,
+    LostWritesError,
+    SizeError,
+)
 
 if TYPE_CHECKING:
     from _typeshed import SupportsItems, SupportsKeysAndGetItem
-    from typing_extensions import Self, TypeVar
-
-    _K = TypeVar("_K", default="bytes | bytearray | memoryview | str")
-    _V = TypeVar("_V", default=Any)
-    _T = TypeVar("_T")
-else:
-    from typing import TypeVar
-
-    _K = TypeVar("_K")
-    _V = TypeVar("_V")
+    from typing_extensions import Self
 
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
+_CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
+_CONSTANTS += (type, FunctionType, BuiltinFunctionType)
 _ATTEMPTS = 100  # of popitem at an entry that is the last one all the time
 
 
-class LmdbObjectStore(MutableMapping[_K, _V]):
+class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     """A thread-safe, dict-like store of Python objects in one LMDB file.
 
     Values are pickled, so never open a file from somebody you don't trust:
@@ -91,10 +102,6 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
     autoflush_on_read: bool
 
-    if not TYPE_CHECKING:
-        # Typing's own would insist on two types: its TypeVars have no defaults yet.
-        __class_getitem__ = classmethod(GenericAlias)
-
     def __init__(
         self,
         db_path: str | os.PathLike[str],
@@ -112,8 +119,8 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         self.batch_size = batch_size
         self.batch_bytes = batch_bytes
         self.autoflush_on_read = bool(autoflush_on_read)
-        codec = self._codec = KeyCodec(key_encoding, key_errors, str_normalize)
-        self._db_path = os.path.abspath(os.fsdecode(db_path))
+        codec = KeyCodec(key_encoding, key_errors, str_normalize)
+        path = os.path.abspath(os.fsdecode(db_path))
         map_size = lmdb_kwargs.get("map_size")
         if max_map_size is not None:
             _check_int("max_map_size", max_map_size, map_size or 1)
@@ -128,10 +135,9 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             raise ValueError(
                 "max_spare_txns must be 0: cached transactions don't survive a fork."
             )
-        self._env = SharedEnvironment(
-            self._db_path, lmdb_kwargs, max_map_size, growth_timeout
-        )
-        codec.max_size = self._max_key = self._env.env.max_key_size()
+        self._env = SharedEnvironment(path, lmdb_kwargs, max_map_size, growth_timeout)
+        codec.max_size = self._env.env.max_key_size()
+        super().__init__(path, codec)
         # At exit the module's own atexit function flushes; here the handle may
         # still be in use.
         finalizer = weakref.finalize(self, self._env.abandon)
@@ -158,7 +164,9 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
             key = self._codec.encode(key)
-        env = self._env
+        env: Any = self._env
+        if env.block is not None:
+            env = env.current()
         buffer = env.buffer
         if buffer:
             raw = buffer.get(key, ABSENT)
@@ -169,110 +177,6 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             if self.autoflush_on_read:
                 env.flush_for_read()
         return env.read(key, default)
-
-    def __getitem__(self, key: _K) -> _V:
-        """Return the value of `key`; KeyError if there is none. See `get`."""
-        value = self.get(key, ABSENT)
-        if value is ABSENT:
-            raise self._key_error(key)
-        return value
-
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[_K],
-        *,
-        decode_keys: Literal[False] = False,
-        decode_not_found: Literal[False] | None = None,
-    ) -> tuple[dict[bytes, _V], list[_K]]: ...
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[_K],
-        *,
-        decode_keys: Literal[False] = False,
-        decode_not_found: Literal[True],
-    ) -> tuple[dict[bytes, _V], list[str]]: ...
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[_K],
-        *,
-        decode_keys: Literal[True],
-        decode_not_found: Literal[True] | None = None,
-    ) -> tuple[dict[str, _V], list[str]]: ...
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[_K],
-        *,
-        decode_keys: Literal[True],
-        decode_not_found: Literal[False],
-    ) -> tuple[dict[str, _V], list[_K]]: ...
-    def get_many(
-        self,
-        keys: Iterable[Any],
-        *,
-        decode_keys: bool = False,
-        decode_not_found: bool | None = None,
-    ) -> tuple[dict[Any, Any], list[Any]]:
-        """Return what is stored under many keys, all as of one moment.
-
-        Parameters
-        ----------
-        keys : iterable
-            Any iterable of keys. It is run before anything is read.
-        decode_keys : bool
-            Return the found keys as str instead of bytes.
-        decode_not_found : bool, optional
-            Return the missing keys as str; None follows `decode_keys`.
-
-        Returns
-        -------
-        found : dict
-            The values by encoded (or decoded) key, in the order of `keys`.
-        not_found : list
-            The keys of the input that are missing, as given (or decoded).
-
-        Raises
-        ------
-        TypeError
-            `keys` is a single str or bytes, or holds something that is no key.
-        ValueError
-            Decoding is asked for and `key_encoding` is None, or a key does not
-            decode.
-        UnpickleError
-            One of the values can't be unpickled.
-        """
-        _refuse_single("get_many", keys)
-        codec = self._codec
-        if decode_not_found is None:
-            decode_not_found = decode_keys
-        if (decode_keys or decode_not_found) and codec.encoding is None:
-            raise ValueError("Decoding requested but key_encoding is not set.")
-        given = list(keys)
-        longest = self._max_key
-        encode = codec.encode
-        encoded = [
-            key if type(key) is bytes and 0 < len(key) <= longest else encode(key)
-            for key in given
-        ]
-        env = self._env
-        if env.buffer and self.autoflush_on_read:
-            env.flush_for_read()
-        wanted = dict.fromkeys(encoded)
-        found: dict[Any, Any] = env.read_many(list(wanted))
-        not_found: list[Any] = []
-        if len(found) < len(wanted):
-            pairs = zip(given, encoded, strict=True)
-            not_found = [
-                codec.decode(key) if decode_not_found else name
-                for name, key in pairs
-                if key not in found
-            ]
-        if decode_keys:
-            found = {codec.decode(key): value for key, value in found.items()}
-        return found, not_found
 
     def exists(self, key: _K, *, flush: bool | None = None) -> bool:
         """Return whether there is a value under `key`; nothing is unpickled.
@@ -286,8 +190,8 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             None follows `autoflush_on_read`.
         """
         encoded = self._codec.encode(key)
-        env = self._env
-        if flush and not env.readonly:
+        env = self._source()
+        if flush and not self._env.readonly:
             env.flush()
         pending = env.buffer.get(encoded, ABSENT)
         if pending is not ABSENT:
@@ -301,7 +205,9 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         encoded: Any = key
         if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
             encoded = self._codec.encode(encoded)
-        env = self._env
+        env: Any = self._env
+        if env.block is not None:
+            env = env.current()
         buffer = env.buffer
         if buffer:
             pending = buffer.get(encoded, ABSENT)
@@ -309,118 +215,18 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
                 return pending is not None
         return env.read(encoded, False, True) is True
 
-    def __len__(self) -> int:
-        """Return the number of entries, at one moment. Never flushes or scans.
-
-        Costs one look-up for each pending write.
-        """
-        return self._env.count(ALL)
-
     def __bool__(self) -> bool:
         """Return whether there is any entry. Never flushes."""
-        return self._env.last_key() is not None
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether a mapping has the same keys, as they come out, and values.
-
-        Reads everything, unless the lengths differ.
-        """
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        if len(self) != len(other):
-            return False
-        codec = other._codec if isinstance(other, LmdbObjectStore) else None
-        for key, value in self.items():
-            if codec:
-                try:
-                    if codec.name(codec.encode(key)) != key:
-                        return False  # it may take this spelling, but has another
-                except (TypeError, ValueError):
-                    return False  # it can't have such a key
-            theirs = other.get(key, ABSENT)
-            equal = theirs is not ABSENT and theirs == value
-            if not equal:
-                return False
-        return True
+        return self._source().last_key() is not None
 
     def __repr__(self) -> str:
         try:
             state = f"{len(self)} entries, {len(self._env.buffer)} pending writes"
         except ClosedError:
             state = "closed"
-        return f"<{type(self).__name__} {self._db_path!r}, {state}>"
-
-    # Key ranges
-
-    def __iter__(self) -> Iterator[_K]:
-        """Iterate over the keys in order. See `items`."""
-        return iter(self.keys())
-
-    def __reversed__(self) -> Iterator[_K]:
-        """Iterate over the keys from the last to the first. See `items`."""
-        return reversed(self.keys())
-
-    def keys(
-        self,
-        prefix: _K | None = None,
-        *,
-        start: _K | None = None,
-        stop: _K | None = None,
-    ) -> StoreKeysView[_K]:
-        """Return a view of the keys, or of a range of them. See `items`.
-
-        It has the set operations of ``dict.keys()``. Nothing is unpickled.
-        """
-        return StoreKeysView(self, prefix=prefix, start=start, stop=stop)
-
-    def values(
-        self,
-        prefix: _K | None = None,
-        *,
-        start: _K | None = None,
-        stop: _K | None = None,
-    ) -> StoreValuesView[_V]:
-        """Return a view of the values, or of those of a key range. See `items`."""
-        return StoreValuesView(self, prefix=prefix, start=start, stop=stop)
-
-    def items(
-        self,
-        prefix: _K | None = None,
-        *,
-        start: _K | None = None,
-        stop: _K | None = None,
-    ) -> StoreItemsView[_K, _V]:
-        """Return a view of keys and values, or of those of a key range.
-
-        Keys are in the order of their bytes, and come out as they would be put
-        in: as str where the store has a `key_encoding` and the bytes are a text
-        that encodes (and normalizes) to them again, else as bytes.
-
-        The view shows the store as it is whenever it is used. A loop over it
-        (flushes once at its start, with `autoflush_on_read`, and) reads a chunk
-        at a time, at most a few thousand keys or about 2 MiB of values (or one
-        larger value), each as of one moment, and holds nothing in between: whatever
-        is written meanwhile, in the loop's body too, it yields every entry that is
-        there throughout once. A value that can't be unpickled raises; asked for the
-        next one, the iterator goes on. After any other error it has ended.
-
-        Parameters
-        ----------
-        prefix : optional
-            Only keys whose bytes begin with those of `prefix`.
-        start, stop : optional
-            Only keys from `start` on, and only those before `stop`; none if `start`
-            is not before `stop`. Bounds are of the types of keys, but of any length,
-            and compared as encoded bytes.
-
-        Raises
-        ------
-        TypeError
-            A bound that is no key.
-        ClosedError
-            The store is closed, or is closed during the loop.
-        """
-        return StoreItemsView(self, prefix=prefix, start=start, stop=stop)
+        except BusyError:
+            state = "in the midst of something"
+        return f"<{type(self).__name__} {self._path!r}, {state}>"
 
     # Writes
 
@@ -504,7 +310,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
                 raise
             if len(raw) > most:
                 self._refuse_value(key, len(raw))
-        self._env.write_many(batch)
+        self._source().write_many(batch)
 
     def delete(self, key: _K) -> None:
         """Delete what is stored under `key`, if anything. Buffered, like `put`."""
@@ -539,15 +345,15 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
             As for `put`. Nothing has been deleted then.
         """
-        env = self._env
-        if isinstance(keys, StoreKeysView) and keys._store._env is env:
-            return env.delete_range(keys._range)
-        _refuse_single("delete_many", keys)
+        env = self._source()
+        if isinstance(keys, StoreKeysView) and keys.is_of(self._env):
+            return env.delete_range(keys.range)
+        refuse_single("delete_many", keys)
         return env.delete_many(set(map(self._codec.encode, keys)))
 
     def clear(self) -> None:
         """Delete everything, in one transaction, as `delete_many` does."""
-        self._env.delete_range(ALL)
+        self._source().delete_range(ALL)
 
     # Reading and writing as one step for all threads of this process. A value is
     # unpickled without any lock; if somebody else changes it meanwhile, that is
@@ -567,7 +373,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         See `get` and `put`. Nothing has been deleted then.
         """
         encoded = self._codec.encode(key)
-        env = self._env
+        env = self._source()
         env.check_writable()
         while True:
             raw, buffered = env.look_up(encoded)
@@ -589,7 +395,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         ------
         See `get` and `put`. Nothing has been deleted then.
         """
-        env = self._env
+        env = self._source()
         env.check_writable()
         attempts = 0
         while (key := env.last_key()) is not None:
@@ -624,7 +430,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         See `get` and `put`.
         """
         encoded = self._codec.encode(key)
-        env = self._env
+        env = self._source()
         env.check_writable()
         new = None
         while True:
@@ -664,6 +470,105 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         self.update(other)
         return self
 
+    # Several things at once
+
+    def transaction(self) -> AbstractContextManager[Self]:
+        """Return a context manager: all of its block is done, or nothing.
+
+        It yields the store. Whatever the block reads and writes through the store
+        belongs to one LMDB transaction: nobody else writes meanwhile, in no thread
+        and no process, and nobody sees anything of the block before its end. Leaving
+        it normally commits everything, durably; an exception undoes everything and
+        goes on. What is pending before is flushed first and stays.
+
+        The block belongs to its thread, and to its asyncio task. Other threads read
+        the state before, and wait if they write. Blocks nest: an inner one joins the
+        outer, and an exception that the outer one catches undoes the inner only.
+        Iterators that begin inside end with the block.
+
+        The changes are held in memory until the end. If the map is too full for
+        them it grows then, for which LMDB has to let other processes write.
+
+        Raises
+        ------
+        GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
+            At the beginning, as for `flush`; at the end, as for `put`. Nothing of
+            the block is written then.
+        ConflictError
+            At the end: another process has written while the map had to grow.
+            Nothing of the block is written; run it again.
+        BusyError
+            Called inside another operation, or by another task of the thread.
+        """
+        return _manager(BlockScope(self._env, lambda: self))
+
+    @overload
+    def edit(self, key: _K) -> AbstractContextManager[_V]: ...
+    @overload
+    def edit(self, key: _K, default: _V) -> AbstractContextManager[_V]: ...
+    def edit(self, key: Any, default: Any = ABSENT) -> AbstractContextManager[Any]:
+        """Return a context manager: change a stored object in place.
+
+        It yields the value of `key`, or a copy of `default`, and stores what has
+        become of it when the block ends normally. The block is a `transaction`.
+
+        Raises
+        ------
+        KeyError
+            There is no value, and no `default`.
+        TypeError
+            The value is of a type that can't be changed in place: a number, a str,
+            a tuple, None, a frozen dataclass.
+        Exception
+            What `get`, `put` and `transaction` raise. Nothing has changed then.
+        """
+        encoded: Any = self._codec.encode(key)
+        new = None if default is ABSENT else self._pickled(encoded, default)
+
+        def begin() -> Any:
+            raw, buffered = self._source().look_up(encoded)
+            if raw is None:
+                raw, buffered = new, True
+            if raw is None:
+                raise self._key_error(key)
+            value = self._env.unpickle(encoded, raw, buffered)
+            if _is_immutable(value):
+                raise TypeError(
+                    f"The value of {describe(encoded)} can't be changed in place: it "
+                    f"is of type {type(value).__name__}. Use transaction(), and store "
+                    "a new value in its block."
+                )
+            return value
+
+        return _manager(
+            BlockScope(self._env, begin, lambda value: self.put(encoded, value))
+        )
+
+    def snapshot(self) -> AbstractContextManager[Snapshot[_K, _V]]:
+        """Return a context manager: the store as it is now, whatever comes.
+
+        It yields a read-only mapping, which is closed at the end of the block.
+        Pending writes are flushed first, and so belong to it. Any number can be
+        open at once, in any thread.
+
+        While one is open the map can't grow: who needs that waits for at most
+        `growth_timeout` seconds, and then, or at once in the thread that has opened
+        a snapshot, gets a `SnapshotOpenError`. Also, LMDB can't use the pages again
+        that it shows, so the file grows with what is written meanwhile.
+
+        Raises
+        ------
+        GrowthError, DiskError, lmdb.Error
+            What is pending could not be flushed.
+        ClosedError
+            The store is closed.
+        BusyError
+            Called inside a transaction block, whose changes no snapshot can have.
+        """
+        source = SnapshotSource(self._env)
+        snapshot: Snapshot[_K, _V] = Snapshot(self._path, self._codec, source)
+        return _manager(SnapshotScope(self._env, snapshot, source))
+
     # Flush and close
 
     def flush(self) -> None:
@@ -679,7 +584,7 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
             As for `put`.
         """
-        self._env.flush()
+        self._source().flush()
 
     def close(self, *, strict: bool = False) -> None:
         """Flush, wait for reads in the database to end, sync and close.
@@ -724,14 +629,14 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
         except Exception:
             if exc_type is None:
                 raise
-            log.error("Could not close %s", self._db_path, exc_info=True)
+            log.error("Could not close %s", self._path, exc_info=True)
 
     # Attributes
 
     @property
     def db_path(self) -> str:
         """The path of the environment, absolute."""
-        return self._db_path
+        return self._path
 
     @property
     def key_encoding(self) -> str | None:
@@ -812,8 +717,18 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
 
     # Helpers
 
-    def _exchange(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
+    def _source(self) -> SharedEnvironment | Block:
         env = self._env
+        return env if env.block is None else env.current()
+
+    def _reading(self) -> SharedEnvironment | Block:
+        env = self._source()
+        if env.buffer and self.autoflush_on_read:
+            env.flush_for_read()
+        return env
+
+    def _exchange(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
+        env = self._source()
         return env.as_writer(env.exchange, key, expected, raw, self._limits())
 
     def _limits(self) -> tuple[int, int]:
@@ -842,17 +757,25 @@ class LmdbObjectStore(MutableMapping[_K, _V]):
             "below 4 GiB. Store it in pieces."
         )
 
-    def _key_error(self, key: Any) -> KeyError:
-        shown = key if isinstance(key, str) else self._codec.encode(key)
-        return KeyError(f"Key not found: {describe(shown)}")
+
+def _manager(scope: Scope[_T]) -> AbstractContextManager[_T]:
+    return cast("AbstractContextManager[_T]", scope)  # its __exit__ is no method
 
 
-def _refuse_single(method: str, keys: object) -> None:
-    if isinstance(keys, (str, bytes, bytearray, memoryview)):
-        raise TypeError(
-            f"{method}() takes an iterable of keys, not a single "
-            f"{type(keys).__name__}; put the key in a list."
-        )
+def _is_immutable(value: object) -> bool:
+    """Whether `value` is of a type whose objects can't be changed in place.
+
+    Python has no word for that. But what is equal by value and hashable has to be
+    so, unless it takes attributes; enums and frozen dataclasses only seem to.
+    """
+    if isinstance(value, _CONSTANTS):
+        return True
+    kind = type(value)
+    frozen = getattr(kind, "__dataclass_params__", None)
+    if isinstance(value, Enum) or (frozen is not None and frozen.frozen):
+        return True
+    by_value = kind.__hash__ not in (object.__hash__, None)
+    return by_value and not hasattr(value, "__dict__")
 
 
 def _note_key(error: Exception, key: bytes) -> None:

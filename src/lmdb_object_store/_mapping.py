@@ -1,0 +1,269 @@
+"""What a store and a snapshot have in common: the reading half of a mapping."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from ._keys import KeyCodec, describe
+from ._ranges import ALL
+from ._source import ABSENT, Source
+from ._views import StoreItemsView, StoreKeysView, StoreValuesView
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    _K = TypeVar("_K", default="bytes | bytearray | memoryview | str")
+    _V = TypeVar("_V", default=Any)
+    _T = TypeVar("_T")
+else:
+    from types import GenericAlias
+    from typing import TypeVar
+
+    _K = TypeVar("_K")
+    _V = TypeVar("_V")
+    _T = TypeVar("_T")
+
+
+class StoreMapping(Mapping[_K, _V]):
+    """Reads by keys, as the user spells them, of what a `Source` has.
+
+    Parameters
+    ----------
+    path : str
+        What to call it.
+    codec : KeyCodec
+    """
+
+    if not TYPE_CHECKING:
+        # Typing's own would insist on two types: its TypeVars have no defaults yet.
+        __class_getitem__ = classmethod(GenericAlias)
+
+    def __init__(self, path: str, codec: KeyCodec) -> None:
+        self._path = path
+        self._codec = codec
+        self._max_key = codec.max_size
+
+    @abstractmethod
+    def _source(self) -> Source:
+        """Return what to read from, without flushing."""
+
+    @abstractmethod
+    def _reading(self) -> Source:
+        """Return what to read from, flushed if it should be."""
+
+    def __getitem__(self, key: _K) -> _V:
+        """Return the value of `key`; KeyError if there is none. See `get`."""
+        value: _V = self.get(key, ABSENT)
+        if value is ABSENT:
+            raise self._key_error(key)
+        return value
+
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[False] = False,
+        decode_not_found: Literal[False] | None = None,
+    ) -> tuple[dict[bytes, _V], list[_K]]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[False] = False,
+        decode_not_found: Literal[True],
+    ) -> tuple[dict[bytes, _V], list[str]]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[True],
+        decode_not_found: Literal[True] | None = None,
+    ) -> tuple[dict[str, _V], list[str]]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[_K],
+        *,
+        decode_keys: Literal[True],
+        decode_not_found: Literal[False],
+    ) -> tuple[dict[str, _V], list[_K]]: ...
+    def get_many(
+        self,
+        keys: Iterable[Any],
+        *,
+        decode_keys: bool = False,
+        decode_not_found: bool | None = None,
+    ) -> tuple[dict[Any, Any], list[Any]]:
+        """Return what is stored under many keys, all as of one moment.
+
+        Parameters
+        ----------
+        keys : iterable
+            Any iterable of keys. It is run before anything is read.
+        decode_keys : bool
+            Return the found keys as str instead of bytes.
+        decode_not_found : bool, optional
+            Return the missing keys as str; None follows `decode_keys`.
+
+        Returns
+        -------
+        found : dict
+            The values by encoded (or decoded) key, in the order of `keys`.
+        not_found : list
+            The keys of the input that are missing, as given (or decoded).
+
+        Raises
+        ------
+        TypeError
+            `keys` is a single str or bytes, or holds something that is no key.
+        ValueError
+            Decoding is asked for and `key_encoding` is None, or a key does not
+            decode.
+        UnpickleError
+            One of the values can't be unpickled.
+        """
+        refuse_single("get_many", keys)
+        codec = self._codec
+        if decode_not_found is None:
+            decode_not_found = decode_keys
+        if (decode_keys or decode_not_found) and codec.encoding is None:
+            raise ValueError("Decoding requested but key_encoding is not set.")
+        given = list(keys)
+        longest = self._max_key
+        encode = codec.encode
+        encoded = [
+            key if type(key) is bytes and 0 < len(key) <= longest else encode(key)
+            for key in given
+        ]
+        wanted = dict.fromkeys(encoded)
+        found: dict[Any, Any] = self._reading().read_many(list(wanted))
+        not_found: list[Any] = []
+        if len(found) < len(wanted):
+            pairs = zip(given, encoded, strict=True)
+            not_found = [
+                codec.decode(key) if decode_not_found else name
+                for name, key in pairs
+                if key not in found
+            ]
+        if decode_keys:
+            found = {codec.decode(key): value for key, value in found.items()}
+        return found, not_found
+
+    def __len__(self) -> int:
+        """Return the number of entries, at one moment. Never flushes or scans.
+
+        Costs one look-up for each pending write.
+        """
+        return self._source().count(ALL)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether a mapping has the same keys, as they come out, and values.
+
+        Reads everything, unless the lengths differ.
+        """
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if len(self) != len(other):
+            return False
+        codec = other._codec if isinstance(other, StoreMapping) else None
+        for key, value in self.items():
+            if codec:
+                try:
+                    if codec.name(codec.encode(key)) != key:
+                        return False  # it may take this spelling, but has another
+                except (TypeError, ValueError):
+                    return False  # it can't have such a key
+            theirs = other.get(key, ABSENT)
+            equal = theirs is not ABSENT and theirs == value
+            if not equal:
+                return False
+        return True
+
+    # Key ranges
+
+    def __iter__(self) -> Iterator[_K]:
+        """Iterate over the keys in order. See `items`."""
+        return iter(self.keys())
+
+    def __reversed__(self) -> Iterator[_K]:
+        """Iterate over the keys from the last to the first. See `items`."""
+        return reversed(self.keys())
+
+    def keys(
+        self,
+        prefix: _K | None = None,
+        *,
+        start: _K | None = None,
+        stop: _K | None = None,
+    ) -> StoreKeysView[_K]:
+        """Return a view of the keys, or of a range of them. See `items`.
+
+        It has the set operations of ``dict.keys()``. Nothing is unpickled.
+        """
+        return StoreKeysView(self, prefix=prefix, start=start, stop=stop)
+
+    def values(
+        self,
+        prefix: _K | None = None,
+        *,
+        start: _K | None = None,
+        stop: _K | None = None,
+    ) -> StoreValuesView[_V]:
+        """Return a view of the values, or of those of a key range. See `items`."""
+        return StoreValuesView(self, prefix=prefix, start=start, stop=stop)
+
+    def items(
+        self,
+        prefix: _K | None = None,
+        *,
+        start: _K | None = None,
+        stop: _K | None = None,
+    ) -> StoreItemsView[_K, _V]:
+        """Return a view of keys and values, or of those of a key range.
+
+        Keys are in the order of their bytes, and come out as they would be put
+        in: as str where the store has a `key_encoding` and the bytes are a text
+        that encodes (and normalizes) to them again, else as bytes.
+
+        The view shows the store as it is whenever it is used. A loop over it
+        (flushes once at its start, with `autoflush_on_read`, and) reads a chunk
+        at a time, at most a few thousand keys or about 2 MiB of values (or one
+        larger value), each as of one moment, and holds nothing in between: whatever
+        is written meanwhile, in the loop's body too, it yields every entry that is
+        there throughout once. A value that can't be unpickled raises; asked for the
+        next one, the iterator goes on. After any other error it has ended.
+
+        Parameters
+        ----------
+        prefix : optional
+            Only keys whose bytes begin with those of `prefix`.
+        start, stop : optional
+            Only keys from `start` on, and only those before `stop`; none if `start`
+            is not before `stop`. Bounds are of the types of keys, but of any length,
+            and compared as encoded bytes.
+
+        Raises
+        ------
+        TypeError
+            A bound that is no key.
+        ClosedError
+            The store is closed, or is closed during the loop.
+        """
+        return StoreItemsView(self, prefix=prefix, start=start, stop=stop)
+
+    def _key_error(self, key: Any) -> KeyError:
+        shown = key if isinstance(key, str) else self._codec.encode(key)
+        return KeyError(f"Key not found: {describe(shown)}")
+
+
+def refuse_single(method: str, keys: object) -> None:
+    if isinstance(keys, (str, bytes, bytearray, memoryview)):
+        raise TypeError(
+            f"{method}() takes an iterable of keys, not a single "
+            f"{type(keys).__name__}; put the key in a list."
+        )

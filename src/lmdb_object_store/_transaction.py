@@ -1,0 +1,323 @@
+"""Transaction blocks: LMDB's writer, held while user code runs, and its changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lmdb
+
+from ._gate import Gate, under
+from ._ranges import KeyRange, Scan
+from ._reading import Batch
+from ._scope import Scope
+from ._source import ABSENT, Source
+from .exceptions import BusyError, ClosedError
+
+if TYPE_CHECKING:
+    from ._environment import SharedEnvironment
+
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+
+def current_task() -> object:
+    """Return the asyncio task that this thread is running, if any."""
+    asyncio = sys.modules.get("asyncio")
+    # Unlike current_task, that is cheap where no loop runs.
+    if asyncio is None or asyncio._get_running_loop() is None:
+        return None
+    return asyncio.current_task()
+
+
+class Block(Source):
+    """The open transaction block of a thread.
+
+    LMDB's writer is open from the beginning, which keeps other processes from
+    writing, but the changes are only collected, and applied when the block ends:
+    so a map that is too full for them can grow, each key is written once, and
+    reads see what the last commit left, with these changes over it.
+
+    Nobody else writes while `SharedEnvironment.block` refers to this one, as if
+    its thread had the write lock; it has not, since a lock would stay locked where
+    another thread throws away the generator, say, that the ``with`` statement is in.
+
+    Parameters
+    ----------
+    env : SharedEnvironment
+        The environment that it is going to be the block of.
+    level : dict
+        What tells its ``with`` statement from those nested in it.
+    """
+
+    def __init__(self, env: SharedEnvironment, level: Batch) -> None:
+        self.env = env
+        self.buffer_lock = env.buffer_lock
+        self.buffer = {}  # the changes
+        self.buffer_bytes = 0
+        self.settled = 0
+        self.closed = False
+        self.open = False  # whether the body runs: neither beginning nor ending
+        self.committing = False
+        self.lost = False  # by another thread, which can't end the transaction
+        self.thread = get_ident()
+        self.task = current_task()
+        self.txn: lmdb.Transaction[Any] | None = None  # until it is used
+        self.id = 0  # of the transaction
+        # Of each `with` statement: what its keys had been before it changed them.
+        self._levels = [level]
+        self._why = ""
+        self._running = Lock()  # locked until the end, for others to wait on
+        self._running.acquire()
+
+    # Its life
+
+    def begin(self) -> bool:
+        """Let the body begin unless something is pending. Call it under the lock."""
+        self.open = not self.env.buffer
+        return self.open
+
+    def check(self) -> None:
+        """Raise if this is no place for operations of the block."""
+        if self.closed:
+            raise self.closed_error()
+        if get_ident() != self.thread or current_task() is not self.task:
+            raise BusyError(
+                "A transaction block is open, and this is another asyncio task, or "
+                "another thread, than the one that it belongs to. Don't await inside "
+                "the block, or run the other task's operation in a thread, where "
+                "writes wait for the end of the block, and reads don't."
+            )
+
+    def wait(self) -> None:
+        """Wait for the end of another thread's block."""
+        with self._running:
+            pass
+
+    def nest(self, level: Batch) -> None:
+        """Begin a nested ``with`` statement."""
+        self._levels.append(level)
+
+    def leave(self, level: Batch, normally: bool) -> None:
+        """End a ``with`` statement: commit if it is the outermost, or undo."""
+        if not any(level is other for other in self._levels):
+            if normally:
+                raise self.closed_error()
+        elif get_ident() != self.thread:
+            self._lose()
+            if normally:
+                raise BusyError(
+                    "A transaction block ends in another thread than it began in. "
+                    "Nothing of it is written."
+                )
+        elif level is not self._levels[0]:
+            self._leave_nested(level, normally)
+        elif normally:
+            try:
+                self.env.as_writer(self.env.commit_block, self)
+            finally:
+                self.finish()
+        else:
+            self.finish()
+
+    def _leave_nested(self, level: Batch, normally: bool) -> None:
+        while self._levels[-1] is not level:  # a generator's, which is suspended
+            self._undo(self._levels[-1])
+        if normally:
+            for key, raw in level.items():
+                self._levels[-2].setdefault(key, raw)
+            self._levels.pop()
+        else:
+            self._undo(level)
+
+    def _undo(self, level: Batch) -> None:
+        before = {key: raw for key, raw in self.buffer.items() if key not in level}
+        before.update((k, raw) for k, raw in level.items() if raw is not ABSENT)
+        self.buffer = before
+        self.settled += 1
+        self._levels.pop()
+
+    def finish(self) -> None:
+        """Undo what is not committed, and let others write. For its own thread.
+
+        Doing it again does nothing, or what an interrupt has prevented.
+        """
+        if not self._levels:
+            return
+        self.open = False
+        self.closed = True
+        try:
+            if self.txn is not None:
+                self.txn.abort()
+        finally:
+            self.env.block_ended(self)
+            self.end()
+
+    def end(self, why: str = "") -> None:
+        """Do what is left to do when this is not the environment's block any more."""
+        self._why = self._why or why
+        self.closed = True
+        self.txn = self.task = None
+        self.end_scans()
+        self._let_go()
+        self._levels = []
+
+    def _lose(self) -> None:
+        """End it for everybody but its thread, which has to end the transaction."""
+        self._why = ", as its `with` statement has ended in another thread"
+        self.lost = self.closed = True
+        self.end_scans()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._running.locked():
+            self._running.release()
+
+    @property
+    def gate(self) -> Gate:
+        return self.env
+
+    def closed_error(self) -> ClosedError:
+        return ClosedError(
+            f"A transaction block of {self.env.path!r} is closed{self._why}: what "
+            "begins in it has to end with it."
+        )
+
+    # Reads
+
+    def visit(self, action: Callable[..., _R], *args: Any) -> _R:
+        self.check()
+        return self.env.visit(action, *args)
+
+    def gives_views(self, values: bool) -> bool:
+        return self.env.gives_views(values)
+
+    def read(self, key: bytes, default: Any, probe: bool = False) -> Any:
+        """Do what `SharedEnvironment.read` does."""
+        return self.env.read(key, default, probe)
+
+    def flush_for_read(self) -> None:
+        """Do nothing: a block is written when it ends."""
+
+    # Writes
+
+    def check_writable(self) -> None:
+        """Do nothing: that was checked when the block began."""
+
+    def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
+        """Call `action`: its thread is the writer."""
+        self.check()
+        return action(*args)
+
+    def write(
+        self, key: bytes, raw: bytes | None, batch_size: int, batch_bytes: int
+    ) -> None:
+        """Note a write."""
+        self._note((key,))
+        self.buffer[key] = raw
+
+    def exchange(
+        self, key: bytes, expected: Any, raw: bytes | None, limits: tuple[int, int]
+    ) -> bool:
+        """Do what `SharedEnvironment.exchange` does."""
+        while True:
+            pending = self.buffer.get(key, ABSENT)
+            if not self._holds(key, pending, expected):
+                return False
+            self._note((key,))
+            # Only a signal handler's put can have come between.
+            if self._swap(key, pending, raw, 0):
+                return True
+
+    def remove_last(self, key: bytes, expected: bytes, limits: tuple[int, int]) -> bool:
+        """Do what `SharedEnvironment.remove_last` does."""
+        pending = dict(self.buffer)
+        if self.last_key() != key or not self._holds(
+            key, pending.get(key, ABSENT), expected
+        ):
+            return False
+        self._note((key,))
+        return under(self.buffer_lock, self._swap_last, key, pending, 0)
+
+    def write_many(self, batch: Batch) -> None:
+        """Note many writes, all of them or none."""
+        self._note(batch)
+        self.buffer.update(batch)  # in one step for signal handlers, too
+
+    def delete_many(self, keys: Collection[bytes]) -> int:
+        """Delete `keys`; return how many existed."""
+        return self._delete([key for key in keys if self.look_up(key)[0] is not None])
+
+    def delete_range(self, keys: KeyRange) -> int:
+        """Delete a key range; return how many existed."""
+        return self._delete(Scan(self, keys, False, False).keys())
+
+    def _delete(self, keys: Iterable[bytes]) -> int:
+        deletions: Batch = dict.fromkeys(keys)
+        self.write_many(deletions)
+        return len(deletions)
+
+    def _note(self, keys: Iterable[bytes]) -> None:
+        """Keep what has to be restored if the innermost statement fails."""
+        if len(self._levels) > 1:
+            for key in keys:
+                self._levels[-1].setdefault(key, self.buffer.get(key, ABSENT))
+
+    def flush(self) -> None:
+        """Do nothing: a block is written when it ends."""
+
+
+class BlockScope(Scope[_T]):
+    """The context manager of a transaction block, or of one nested in it.
+
+    Parameters
+    ----------
+    env : SharedEnvironment
+    begin : callable
+        Returns what the statement yields. Called inside.
+    end : callable, optional
+        Called with that, inside, when the statement ends normally.
+    """
+
+    def __init__(
+        self,
+        env: SharedEnvironment,
+        begin: Callable[[], _T],
+        end: Callable[[_T], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._env = env
+        self._begin = begin
+        self._at_end = end
+        self._level: Batch = {}
+        self._block: Block | None = None
+
+    def enter(self) -> _T:
+        source = self._env.current()
+        if isinstance(source, Block):
+            self._block = source
+            source.nest(self._level)
+        else:
+            self._block = Block(self._env, self._level)
+            self._env.open_block(self._block)
+        try:
+            self._value = self._begin()
+        except BaseException:
+            self.leave(False)
+            raise
+        return self._value
+
+    def leave(self, normally: bool) -> None:
+        block = self._block
+        if block is None:
+            return
+        if normally and self._at_end:
+            try:
+                block.check()
+                self._at_end(self._value)
+            except BaseException:
+                block.leave(self._level, False)
+                raise
+        block.leave(self._level, normally)
