@@ -42,7 +42,7 @@ from ._ranges import ALL, CHUNK_BYTES, KeyRange, adjustment
 from ._reading import LARGE, Batch, LargeValue, is_blob, unpickle_error
 from ._snapshot import SnapshotSource
 from ._source import ABSENT, Source
-from ._transaction import Block
+from ._transaction import Block, Guard
 from .exceptions import (
     BusyError,
     ClosedError,
@@ -108,7 +108,7 @@ class SharedEnvironment(Gate, Source):
         self.buffer_lock = RLock()
         self.growth_timeout = growth_timeout
 
-        self.guards = threading.local()  # see `_Guard`
+        self.guards = threading.local()  # the `Guard` of each thread's block
 
         # Guarded by the write lock.
         self.writer: int | None = None  # the thread that writes
@@ -811,12 +811,12 @@ class SharedEnvironment(Gate, Source):
     def _await_snapshots(self, deadline: float) -> None:
         """Wait until the map may move, and let reads go on meanwhile."""
         notice = None
-        self.moving = True
         try:
             while self._snapshots():
                 hopeless = self._hurried or self._holds_snapshot()
                 if hopeless or time.monotonic() >= deadline:
                     raise self._snapshot_error()
+                self.moving = True
                 if notice is None:
                     notice = threading.Timer(_NOTICE, self._tell_what_growth_awaits)
                     with suppress(RuntimeError):  # the interpreter is about to end
@@ -1012,7 +1012,7 @@ class SharedEnvironment(Gate, Source):
 
     def _open_block(self, block: Block) -> None:
         self.check_writable()
-        self.guards.guard = _Guard(block)
+        self.guards.guard = Guard(block)
         with self.buffer_lock:
             self.block = block
             self.may_buffer = False
@@ -1039,7 +1039,6 @@ class SharedEnvironment(Gate, Source):
 
     def block_ended(self, block: Block) -> None:
         """Let others write."""
-        vars(self.guards).clear()
         with self.buffer_lock:
             if self.block is block:
                 self.block = None
@@ -1212,17 +1211,6 @@ class SharedEnvironment(Gate, Source):
 
     def closed_error(self) -> ClosedError:
         return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
-
-
-class _Guard:
-    """Ends a transaction block with its thread: a thread-local refers to this."""
-
-    def __init__(self, block: Block) -> None:
-        self._block = block
-
-    def __del__(self) -> None:
-        if not self._block.closed:
-            self._block.finish()
 
 
 def _spare_key(number: int) -> bytes:

@@ -43,7 +43,7 @@ class Scope(ABC, Generic[_T]):
     __exit__ = _Exit()
 
     def __init__(self) -> None:
-        self._used = False
+        self._used = self._ended = False
         self._end: weakref.ref[Any] | None = None
 
     @abstractmethod
@@ -60,6 +60,10 @@ class Scope(ABC, Generic[_T]):
         self._used = True
         return self.enter()
 
+    def __del__(self) -> None:
+        if self._used and not self._ended:  # contextlib.ExitStack's, say
+            self.leave(False)
+
     def _leave(
         self,
         exc_type: type[BaseException] | None,
@@ -67,6 +71,7 @@ class Scope(ABC, Generic[_T]):
         traceback: TracebackType | None,
     ) -> None:
         self.leave(exc_type is None)
+        self._ended = True
         self._end = None
 
     def _forsaken(self, _: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,18 @@ def current_task() -> object:
     if asyncio is None or asyncio._get_running_loop() is None:
         return None
     return asyncio.current_task()
+
+
+class Guard:
+    """Ends a block with its thread, which has this among its thread-local data."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = weakref.ref(block)
+
+    def __del__(self) -> None:
+        block = self._block()
+        if block is not None:
+            block.finish()
 
 
 class Block(Source):
@@ -162,6 +175,7 @@ class Block(Source):
         self.txn = self.task = None
         self.end_scans()
         self._let_go()
+        self.buffer = {}
         self._levels = []
 
     def _lose(self) -> None:
