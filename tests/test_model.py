@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tempfile
 import unicodedata
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 
@@ -22,7 +23,13 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lmdb_object_store import ClosedError, LmdbObjectStore
+from conftest import Worker
+from lmdb_object_store import (
+    BusyError,
+    ClosedError,
+    LmdbObjectStore,
+    SnapshotOpenError,
+)
 
 FORM = "NFC"
 NAMES = [
@@ -70,6 +77,7 @@ ranges = st.fixed_dictionaries(
     {}, optional={"prefix": bounds, "start": bounds, "stop": bounds}
 )
 kinds = st.sampled_from(["keys", "values", "items"])
+sources = st.integers(0, 4)  # the store, or one of the open snapshots
 
 
 def values_of(sizes):
@@ -100,6 +108,7 @@ items = st.one_of(
 iterators = st.tuples(
     kinds, st.one_of(st.just({}), ranges), st.booleans(), st.integers(0, 5)
 )
+failures = st.sampled_from([ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
 
 
 class Unpicklable:
@@ -117,18 +126,44 @@ def in_range(key, prefix=b"", start=b"", stop=None):
     return key.startswith(bytes(prefix)) and start <= key and before_stop
 
 
+def within(model, bounds):
+    """Return the part of a model that is in a range."""
+    return {k: model[k] for k in sorted(model) if in_range(k, **bounds)}
+
+
+def shown(model, bounds):
+    return {named(key): value for key, value in within(model, bounds).items()}
+
+
+def all_of(mapping):
+    found, not_found = mapping.get_many(RANKS)
+    assert set(not_found) == RANKS.keys() - found.keys()
+    return found
+
+
 def broken_off(pairs):
     yield from pairs
     raise ZeroDivisionError
 
 
+class Opened:
+    """A transaction block or a snapshot, and the model when it was opened."""
+
+    def __init__(self, manager, model):
+        self.stack = ExitStack()
+        self.yielded = self.stack.enter_context(manager)
+        self.model = dict(model)
+
+
 class Walk:
     """An open iterator, and what it may yield and has to.
 
-    A key's rank is its place in the iterator's order.
+    It is of the store, or of `origin`: a snapshot or a transaction block. A key's
+    rank is its place in the iterator's order.
     """
 
-    def __init__(self, view, kind, is_reversed, model, holds, pace):
+    def __init__(self, origin, view, kind, is_reversed, model, holds, pace):
+        self.origin = origin
         self.iterator = reversed(view) if is_reversed else iter(view)
         self.kind = kind
         self.pace = pace  # by how many entries it moves on in each step
@@ -179,7 +214,11 @@ class Walk:
 
 
 class StoreAsDict(RuleBasedStateMachine):
-    """The store must show what `model` holds, whatever has been flushed or refused."""
+    """The store must show what `model` holds, whatever has been flushed or refused.
+
+    A snapshot must show what the model was when it was opened, and a transaction
+    block that fails brings that back.
+    """
 
     steps = 0  # in all examples
 
@@ -188,6 +227,8 @@ class StoreAsDict(RuleBasedStateMachine):
         self.path = tempfile.mkdtemp()
         self.model = {}  # by encoded key
         self.walks = []
+        self.blocks = []  # the outermost first
+        self.snapshots = []
         self.store = None
 
     @initialize(
@@ -196,11 +237,12 @@ class StoreAsDict(RuleBasedStateMachine):
         batch_bytes=st.sampled_from([3_000, 2**20, 2**26]),
         autoflush=st.booleans(),
         pages=st.sampled_from([None, 64, 256]),
+        early=st.booleans(),
         stored=st.one_of(items, fillings),
         pending=fillings,
         iterators=st.lists(iterators, min_size=1, max_size=3),
     )
-    def begin(self, stored, pending, iterators, pages, autoflush, **options):
+    def begin(self, early, stored, pending, iterators, pages, autoflush, **options):
         self.options = {
             **options,
             "autoflush_on_read": autoflush,
@@ -210,6 +252,8 @@ class StoreAsDict(RuleBasedStateMachine):
             "sync": False,
         }
         self.open()
+        if early:
+            self.open_snapshot()
         self.put_many(stored)
         self.update(pending, {})
         for iterator in iterators:
@@ -218,6 +262,7 @@ class StoreAsDict(RuleBasedStateMachine):
     def open(self):
         options = {**self.options, "map_size": 16 * mmap.PAGESIZE}  # so that it grows
         self.store = LmdbObjectStore(self.path, **options)
+        self.reads_flush = True
 
     def with_room(self, action, *args, pairs=()):
         """Call `action`; as long as it is refused for want of room, make some.
@@ -227,16 +272,37 @@ class StoreAsDict(RuleBasedStateMachine):
         while True:
             try:
                 return action(*args)
-            except lmdb.MapFullError:
+            except lmdb.MapFullError as error:
                 for key, value in pairs:  # those before the refused one are stored
                     if self.stored() == self.model:
                         break
                     self.model[encoded(key)] = value
-                self.agrees()  # otherwise a refused write has changed nothing
-                self.go_on()
-                assert self.store.max_map_size < 2**30
-                self.options["max_map_size"] += self.store.max_map_size // 2
-                self.store.max_map_size = self.options["max_map_size"]
+                self.nothing_changed()
+                self.make_room(error)
+
+    def without_snapshots(self, action, *args):
+        """Call `action`, which needs no room unless a snapshot keeps it all."""
+        try:
+            return action(*args)
+        except lmdb.MapFullError:
+            self.nothing_changed()
+            assert self.snapshots
+            self.close_snapshots()
+        return action(*args)
+
+    def nothing_changed(self):
+        self.agrees()
+        self.go_on()
+
+    def make_room(self, error):
+        of_snapshot = isinstance(error, SnapshotOpenError)
+        if self.snapshots:
+            self.close_snapshots()
+        else:
+            assert not of_snapshot
+            assert self.store.max_map_size < 2**30
+            self.options["max_map_size"] += self.store.max_map_size // 2
+            self.store.max_map_size = self.options["max_map_size"]
 
     # Writes
 
@@ -247,37 +313,39 @@ class StoreAsDict(RuleBasedStateMachine):
 
     @rule(key=keys)
     def delete(self, key):
-        self.store.delete(key)  # needs no room, even in a full map
+        self.without_snapshots(self.store.delete, key)
         self.model.pop(encoded(key), None)
 
     @rule(key=keys)
     def delete_existing(self, key):
+        delete = partial(self.without_snapshots, operator.delitem, self.store, key)
         if encoded(key) in self.model:
-            del self.store[key]
+            delete()
             del self.model[encoded(key)]
         else:
             with pytest.raises(KeyError):
-                del self.store[key]
+                delete()
 
     @rule(key=keys, strict=st.booleans())
     def pop(self, key, strict):
         default = object()
-        expected = self.model.pop(encoded(key), default)
-        if expected is default and strict:
+        args = () if strict else (default,)
+        pop = partial(self.without_snapshots, self.store.pop, key, *args)
+        if strict and encoded(key) not in self.model:
             with pytest.raises(KeyError):
-                self.store.pop(key)
+                pop()
         else:
-            args = () if strict else (default,)
-            assert self.store.pop(key, *args) == expected
+            assert pop() == self.model.pop(encoded(key), default)
 
     @rule()
     def popitem(self):
+        popitem = partial(self.without_snapshots, self.store.popitem)
         if self.model:
             last = max(self.model)
-            assert self.store.popitem() == (named(last), self.model.pop(last))
+            assert popitem() == (named(last), self.model.pop(last))
         else:
             with pytest.raises(KeyError):
-                self.store.popitem()
+                popitem()
 
     @rule(key=keys, value=values)
     def setdefault(self, key, value):
@@ -298,19 +366,22 @@ class StoreAsDict(RuleBasedStateMachine):
     @rule(unwanted=st.lists(keys, max_size=20))
     def delete_many(self, unwanted):
         existing = self.model.keys() & set(map(encoded, unwanted))
-        assert self.store.delete_many(unwanted) == len(existing)
+        count = self.without_snapshots(self.store.delete_many, unwanted)
+        assert count == len(existing)
         for key in existing:
             del self.model[key]
 
     @rule(bounds=ranges, collect=st.booleans())
     def delete_range(self, bounds, collect):
-        view = self.store.keys(**bounds)
-        existing = self.within(bounds)
+        def delete():
+            view = self.store.keys(**bounds)
+            return self.store.delete_many((key for key in view) if collect else view)
+
+        existing = within(self.model, bounds)
         if bounds:
-            unwanted = (key for key in view) if collect else view
-            assert self.store.delete_many(unwanted) == len(existing)
+            assert self.without_snapshots(delete) == len(existing)
         else:
-            self.store.clear()
+            self.without_snapshots(self.store.clear)
         for key in existing:
             del self.model[key]
 
@@ -328,52 +399,78 @@ class StoreAsDict(RuleBasedStateMachine):
                 self.store.put_many(bad)
         assert self.store.write_buffer == pending
 
+    @rule(
+        key=keys,
+        default=st.sampled_from([(), (None,), ([],), ([1, 2],)]),
+        number=st.integers(),
+        error=st.one_of(st.none(), failures),
+    )
+    def edit(self, key, default, number, error):
+        def append():
+            with self.store.edit(key, *default) as value:
+                value.append(number)
+                self.agrees()  # so far it is a copy
+                if error:
+                    raise error
+
+        if encoded(key) in self.model or default:
+            before = self.model.get(encoded(key), *default)
+            refusal = error if isinstance(before, list) else TypeError
+        else:
+            refusal = KeyError
+        if refusal:
+            with pytest.raises(refusal):
+                self.with_room(append)
+        else:
+            self.with_room(append)
+            self.model[encoded(key)] = [*before, number]
+
     @rule()
     def flush(self):
         self.with_room(self.store.flush)
         assert not self.store.write_buffer
 
-    # Reads
+    # Reads, of the store and of snapshots
 
-    @rule(key=keys, flush=st.sampled_from([None, False]))
-    def get(self, key, flush):
+    def source(self, which):
+        """Return a snapshot or the store, and what it must show."""
+        if which < len(self.snapshots):
+            return self.snapshots[which].yielded, self.snapshots[which].model
+        return self.store, self.model
+
+    @rule(which=sources, key=keys, flush=st.sampled_from([None, False]))
+    def get(self, which, key, flush):
+        source, model = self.source(which)
         default = object()
-        expected = self.model.get(encoded(key), default)
-        assert self.store.exists(key, flush=flush) == (expected is not default)
-        assert (key in self.store) == (expected is not default)
-        assert self.store.get(key, default) == expected
+        expected = model.get(encoded(key), default)
+        assert (key in source) == (expected is not default)
+        assert source.get(key, default) == expected
         if expected is default:
             with pytest.raises(KeyError):
-                self.store[key]
+                source[key]
         else:
-            assert self.store[key] == expected
+            assert source[key] == expected
+        assert self.store.exists(key, flush=flush) == (encoded(key) in self.model)
 
-    @rule(wanted=st.lists(keys))
-    def get_many(self, wanted):
-        found, not_found = self.store.get_many(wanted)
+    @rule(which=sources, wanted=st.lists(keys))
+    def get_many(self, which, wanted):
+        source, model = self.source(which)
+        found, not_found = source.get_many(wanted)
         assert found == {
-            encoded(key): self.model[encoded(key)]
-            for key in wanted
-            if encoded(key) in self.model
+            encoded(key): model[encoded(key)] for key in wanted if encoded(key) in model
         }
-        assert not_found == [key for key in wanted if encoded(key) not in self.model]
+        assert not_found == [key for key in wanted if encoded(key) not in model]
         wanted = [name for name in wanted if isinstance(name, str)]
-        found, not_found = self.store.get_many(wanted, decode_keys=True)
+        found, not_found = source.get_many(wanted, decode_keys=True)
         names = [named(encoded(name)) for name in wanted]
-        assert found == {k: v for k, v in self.named({}).items() if k in names}
+        assert found == {k: v for k, v in shown(model, {}).items() if k in names}
         assert not_found == [name for name in names if name not in found]
 
-    def within(self, bounds):
-        """Return the part of the model that is in a range."""
-        return {k: self.model[k] for k in sorted(self.model) if in_range(k, **bounds)}
-
-    def named(self, bounds):
-        return {named(key): value for key, value in self.within(bounds).items()}
-
-    @rule(bounds=ranges, kind=kinds)
-    def read_range(self, bounds, kind):
-        view = getattr(self.store, kind)(**bounds)
-        expected = list(getattr(self.named(bounds), kind)())
+    @rule(which=sources, bounds=ranges, kind=kinds)
+    def read_range(self, which, bounds, kind):
+        source, model = self.source(which)
+        view = getattr(source, kind)(**bounds)
+        expected = list(getattr(shown(model, bounds), kind)())
         pending = dict(self.store.write_buffer)
         assert len(view) == len(expected)
         assert bool(view) == bool(expected)
@@ -381,49 +478,51 @@ class StoreAsDict(RuleBasedStateMachine):
         assert list(view) == expected
         assert list(reversed(view)) == expected[::-1]
 
-    @rule(bounds=ranges, key=keys, value=values)
-    def probe_range(self, bounds, key, value):
-        expected = self.within(bounds)
-        assert (key in self.store.keys(**bounds)) == (encoded(key) in expected)
-        for probe in (value, self.model.get(encoded(key), value)):
-            assert (probe in self.store.values(**bounds)) == (
-                probe in expected.values()
-            )
-            assert ((key, probe) in self.store.items(**bounds)) == (
+    @rule(which=sources, bounds=ranges, key=keys, value=values)
+    def probe_range(self, which, bounds, key, value):
+        source, model = self.source(which)
+        expected = within(model, bounds)
+        assert (key in source.keys(**bounds)) == (encoded(key) in expected)
+        for probe in (value, model.get(encoded(key), value)):
+            assert (probe in source.values(**bounds)) == (probe in expected.values())
+            assert ((key, probe) in source.items(**bounds)) == (
                 (encoded(key), probe) in expected.items()
             )
 
     @rule(
+        which=sources,
         bounds=ranges,
         others=st.lists(keys),
         operation=st.sampled_from(OPERATIONS),
     )
-    def compare_as_sets(self, bounds, others, operation):
-        view = self.store.keys(**bounds)
-        expected = set(self.named(bounds))
+    def compare_as_sets(self, which, bounds, others, operation):
+        source, model = self.source(which)
+        view = source.keys(**bounds)
+        expected = set(shown(model, bounds))
         others = {named(encoded(key)) for key in others}
         assert operation(view, others) == operation(expected, others)
         assert operation(others, view) == operation(others, expected)
         assert view.isdisjoint(others) == expected.isdisjoint(others)
         assert view == expected
-        assert self.store.items(**bounds) == self.named(bounds).items()
+        assert source.items(**bounds) == shown(model, bounds).items()
 
-    @rule(key=keys)
-    def compare(self, key):
-        same = self.named({})
-        assert self.store == same
-        assert self.store != {**same, named(encoded(key)): object()}
-        assert self.store != {**same, "none of the keys": None}
-        assert list(self.store) == list(same)
-        assert list(reversed(self.store)) == list(reversed(same))
+    @rule(which=sources, key=keys)
+    def compare(self, which, key):
+        source, model = self.source(which)
+        same = shown(model, {})
+        assert source == same
+        assert source != {**same, named(encoded(key)): object()}
+        assert source != {**same, "none of the keys": None}
+        assert list(source) == list(same)
+        assert list(reversed(source)) == list(reversed(same))
+        assert (source == self.store) == (model == self.model)
 
     def stored(self):
         """Return everything, without flushing."""
         autoflush = self.store.autoflush_on_read
         self.store.autoflush_on_read = False
-        found, not_found = self.store.get_many(RANKS)
+        found = all_of(self.store)
         self.store.autoflush_on_read = autoflush
-        assert set(not_found) == RANKS.keys() - found.keys()
         return found
 
     @invariant()
@@ -436,22 +535,27 @@ class StoreAsDict(RuleBasedStateMachine):
         assert self.stored() == self.model
         assert len(self.store) == len(self.model)
         assert bool(self.store) == bool(self.model)
-        shown = f"{len(self.model)} entries, {len(pending)} pending writes"
-        assert shown in repr(self.store)
+        entries = f"{len(self.model)} entries, {len(pending)} pending writes"
+        assert entries in repr(self.store)
         assert self.store.write_buffer == pending
+        for snapshot in self.snapshots:
+            assert all_of(snapshot.yielded) == snapshot.model
+            assert len(snapshot.yielded) == len(snapshot.model)
 
     # Iterators, which other rules come between
 
-    @rule(iterator=iterators)
-    def open_iterator(self, iterator):
+    @rule(which=sources, iterator=iterators)
+    def open_iterator(self, iterator, which=math.inf):
         kind, bounds, is_reversed, pace = iterator
-        view = getattr(self.store, kind)(**bounds)
+        source, model = self.source(which)
+        view = getattr(source, kind)(**bounds)
         pending = dict(self.store.write_buffer)
+        origin = next(iter([*self.snapshots[which : which + 1], *self.blocks]), None)
         holds = partial(in_range, **bounds)
-        walk = Walk(view, kind, is_reversed, self.model, holds, pace)
-        if not self.store.autoflush_on_read:
+        walk = Walk(origin, view, kind, is_reversed, model, holds, pace)
+        if source is not self.store or not self.store.autoflush_on_read:
             assert self.store.write_buffer == pending
-        elif self.store.max_map_size is None:
+        elif self.store.max_map_size is None and self.reads_flush:
             assert not self.store.write_buffer
         self.walks = [*self.walks[-3:], walk]
 
@@ -465,9 +569,108 @@ class StoreAsDict(RuleBasedStateMachine):
     @invariant()
     def go_on(self):
         for walk in self.walks[:]:
-            walk.observe(self.model)
+            if walk.origin in self.snapshots:
+                walk.observe(walk.origin.model)
+            else:
+                walk.observe(self.model if walk.origin else self.committed)
             if not walk.advance(walk.pace):
                 self.walks.remove(walk)
+
+    def end_walks(self, origin):
+        for walk in [walk for walk in self.walks if walk.origin is origin]:
+            with pytest.raises(ClosedError):
+                next(walk.iterator)
+            self.walks.remove(walk)
+
+    # Transaction blocks, with other rules inside
+
+    @property
+    def committed(self):
+        return self.blocks[0].model if self.blocks else self.model
+
+    @precondition(lambda self: len(self.blocks) < 3)
+    @rule()
+    def begin_block(self):
+        block = self.with_room(lambda: Opened(self.store.transaction(), self.model))
+        assert block.yielded is self.store
+        if not self.blocks:
+            self.last_txn = self.store.env.info()["last_txnid"]
+        self.blocks.append(block)
+
+    @precondition(lambda self: self.blocks)
+    @rule()
+    def end_block(self):
+        block = self.blocks[-1]
+        try:
+            block.stack.close()
+        except lmdb.MapFullError as error:
+            assert len(self.blocks) == 1
+            self.end_walks(block)
+            self.blocks.clear()
+            self.model = block.model
+            self.nothing_changed()
+            self.make_room(error)
+        else:
+            self.blocks.pop()
+            self.end_walks(block)
+
+    @precondition(lambda self: self.blocks)
+    @rule(error=failures)
+    def fail_in_block(self, error):
+        block = self.blocks.pop()
+        with pytest.raises(error), block.stack:
+            raise error
+        self.model = block.model
+        self.end_walks(block)
+
+    @precondition(lambda self: self.blocks)
+    @rule()
+    def refuse_in_block(self):
+        with pytest.raises(BusyError), self.store.snapshot():
+            pass
+        with pytest.raises(BusyError):
+            self.store.close()
+
+    @precondition(lambda self: self.blocks)
+    @rule()
+    def read_in_another_thread(self):
+        assert Worker(self.stored).result() == self.committed
+        names = Worker(lambda: list(self.store)).result()
+        assert names == list(shown(self.committed, {}))
+
+    @precondition(lambda self: self.blocks)
+    @invariant()
+    def nothing_is_written(self):
+        assert not self.store.write_buffer
+        assert self.store.env.info()["last_txnid"] == self.last_txn
+
+    # Snapshots
+
+    @precondition(lambda self: len(self.snapshots) < 3 and not self.blocks)
+    @rule()
+    def open_snapshot(self):
+        self.reads_flush = False  # when it has just kept the map from growing
+        snapshot = self.with_room(lambda: Opened(self.store.snapshot(), self.model))
+        assert not self.store.write_buffer
+        self.snapshots.append(snapshot)
+
+    @precondition(lambda self: self.snapshots)
+    @rule(which=st.integers(0, 2))
+    def close_snapshot(self, which):
+        self.snapshots[which % len(self.snapshots)].stack.close()
+        self.forget_closed()
+
+    def close_snapshots(self):
+        for snapshot in self.snapshots:
+            snapshot.stack.close()
+        self.forget_closed()
+
+    def forget_closed(self):
+        for snapshot in [s for s in self.snapshots if s.yielded.closed]:
+            with pytest.raises(ClosedError):
+                len(snapshot.yielded)
+            self.snapshots.remove(snapshot)
+            self.end_walks(snapshot)
 
     # The rest
 
@@ -475,13 +678,14 @@ class StoreAsDict(RuleBasedStateMachine):
     def set_autoflush(self, autoflush):
         self.store.autoflush_on_read = autoflush
 
+    @precondition(lambda self: not self.blocks)
     @rule()
     def reopen(self):
         self.close()
-        for walk in self.walks:
-            with pytest.raises(ClosedError):
-                next(walk.iterator)
-        self.walks.clear()
+        self.forget_closed()
+        assert not self.snapshots
+        self.end_walks(None)
+        assert not self.walks
         self.open()
 
     def close(self):
@@ -493,6 +697,8 @@ class StoreAsDict(RuleBasedStateMachine):
 
     def teardown(self):
         try:
+            while self.blocks:
+                self.end_block()
             if self.store is not None:
                 self.close()
         finally:

@@ -42,7 +42,7 @@ from ._ranges import ALL, CHUNK_BYTES, KeyRange, adjustment
 from ._reading import LARGE, Batch, LargeValue, is_blob, unpickle_error
 from ._snapshot import SnapshotSource
 from ._source import ABSENT, Source
-from ._transaction import Block, Guard
+from ._transaction import Block
 from .exceptions import (
     BusyError,
     ClosedError,
@@ -107,8 +107,6 @@ class SharedEnvironment(Gate, Source):
         self.write_lock = RLock()
         self.buffer_lock = RLock()
         self.growth_timeout = growth_timeout
-
-        self.guards = threading.local()  # the `Guard` of each thread's block
 
         # Guarded by the write lock.
         self.writer: int | None = None  # the thread that writes
@@ -783,7 +781,7 @@ class SharedEnvironment(Gate, Source):
             ) from error
 
     def _set_map_size(self, size: int) -> bool:
-        if self._snapshots():
+        if self.snapshots():
             return False  # opened since then
         try:
             self.env.set_mapsize(size)
@@ -795,7 +793,7 @@ class SharedEnvironment(Gate, Source):
         self._attach(self.env)
         return True
 
-    def _snapshots(self) -> list[SnapshotSource]:
+    def snapshots(self) -> list[SnapshotSource]:
         """Return the open snapshots."""
         return [
             pin
@@ -806,13 +804,17 @@ class SharedEnvironment(Gate, Source):
     def _holds_snapshot(self) -> bool:
         """Whether this thread has opened one of the open snapshots."""
         me = get_ident()
-        return any(snapshot.thread == me for snapshot in self._snapshots())
+        return any(snapshot.thread == me for snapshot in self.snapshots())
 
     def _await_snapshots(self, deadline: float) -> None:
         """Wait until the map may move, and let reads go on meanwhile."""
         notice = None
         try:
-            while self._snapshots():
+            while self.snapshots():
+                if self.closing or self.exiting:  # they end now, or in a moment
+                    for snapshot in self.snapshots():
+                        snapshot.close()
+                    break
                 hopeless = self._hurried or self._holds_snapshot()
                 if hopeless or time.monotonic() >= deadline:
                     raise self._snapshot_error()
@@ -829,7 +831,7 @@ class SharedEnvironment(Gate, Source):
 
     def _tell_what_growth_awaits(self) -> None:
         # In a thread of its own, since a logging handler is user code.
-        for snapshot in self._snapshots():
+        for snapshot in self.snapshots():
             log.warning(
                 "%s: growth waits for a snapshot that thread %d opened %.1f s ago",
                 self.path,
@@ -840,7 +842,7 @@ class SharedEnvironment(Gate, Source):
     def _snapshot_error(self) -> SnapshotOpenError:
         whose = "one of them by this thread" if self._holds_snapshot() else "for long"
         return SnapshotOpenError(
-            f"The map of {self.path!r} has to move, but {len(self._snapshots())} "
+            f"The map of {self.path!r} has to move, but {len(self.snapshots())} "
             f"snapshots are open, {whose}. Close snapshots sooner, or open the store "
             "with a larger map_size, so that it need not grow. What was pending still "
             "is; flush again later."
@@ -855,7 +857,7 @@ class SharedEnvironment(Gate, Source):
 
     def _reopen(self) -> None:
         """Open the same file again, which an error has put out of action."""
-        for snapshot in self._snapshots():
+        for snapshot in self.snapshots():
             snapshot.release()
         if self.block is not None:
             self.block.txn = None  # `_begin_writing` looks what has happened meanwhile
@@ -1012,7 +1014,6 @@ class SharedEnvironment(Gate, Source):
 
     def _open_block(self, block: Block) -> None:
         self.check_writable()
-        self.guards.guard = Guard(block)
         with self.buffer_lock:
             self.block = block
             self.may_buffer = False
@@ -1080,6 +1081,9 @@ class SharedEnvironment(Gate, Source):
                 f"close() was called inside a transaction block of {self.path!r}; "
                 "close it after the block."
             )
+        if not self.inside():
+            for snapshot in self.snapshots():  # which a growth may be waiting for
+                snapshot.close()
         error = self.as_writer(self._close)
         if error is not None:
             self._log_loss("Final flush", error)
@@ -1115,7 +1119,7 @@ class SharedEnvironment(Gate, Source):
             self.lost = self.buffer
             self.buffer = {}
             self.settled += 1
-            for snapshot in self._snapshots():
+            for snapshot in self.snapshots():
                 snapshot.release()
             self.end_scans()  # other pins go on with their copies
 

@@ -11,6 +11,8 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from .exceptions import BusyError
+
 if TYPE_CHECKING:
     from ._environment import SharedEnvironment
 
@@ -48,9 +50,20 @@ def let_go(identity: tuple[int, int] | None) -> None:
 
     py-lmdb opens no file twice. Not done at the fork: closing frees the reader
     slots of the parent's own transactions, and most children don't use the store.
+
+    Raises
+    ------
+    BusyError
+        That would do harm to the parent.
     """
     for env in _inherited:
-        if env.identity == identity and env.at_rest:
+        if env.identity == identity:
+            if not env.at_rest:
+                raise BusyError(
+                    f"This process was forked in the middle of an operation, or in a "
+                    f"transaction block, of the store at {env.path!r} and can't open "
+                    "it. Fork at another time, or start the process by spawn."
+                )
             env.env.close()
 
 

@@ -5,46 +5,16 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 _T = TypeVar("_T")
 
 
-class _Exit:
-    """The ``__exit__`` of `Scope`: a new object for each ``with`` statement."""
-
-    def __get__(self, scope: Scope[Any] | None, owner: type) -> Callable[..., None]:
-        if scope is None:
-            return self
-        leave = partial(scope._leave)
-        scope._end = weakref.ref(leave, scope._forsaken)
-        return leave
-
-    def __call__(self, scope: Scope[Any], *exc: Any) -> None:
-        # So does contextlib.ExitStack, which looks it up on the class.
-        scope._leave(*exc)
-
-
 class Scope(ABC, Generic[_T]):
-    """A context manager for one use, which never stays entered.
-
-    1. A ``with`` statement ends and calls ``__exit__``.
-    2. Ctrl-C: CPython looks for signals at the start of each Python function, so
-       the KeyboardInterrupt is raised before the first line of it.
-    3. Nothing has ended, but the statement is left. The traceback refers to the
-       context manager, and interactive Python keeps the last traceback.
-
-    So the statement gets an object that nothing else refers to. When it is gone
-    and `leave` has not been called, `leave` is.
-    """
-
-    __exit__ = _Exit()
-
-    def __init__(self) -> None:
-        self._used = self._ended = False
-        self._end: weakref.ref[Any] | None = None
+    """What a ``with`` statement enters and leaves."""
 
     @abstractmethod
     def enter(self) -> _T:
@@ -52,27 +22,80 @@ class Scope(ABC, Generic[_T]):
 
     @abstractmethod
     def leave(self, normally: bool) -> None:
-        """End. Where nothing (or not all) of `enter` was done, undo what was."""
+        """End, or do nothing if that has been done.
+
+        Where only a part of `enter` or of `leave` was done, undo what has begun.
+        """
+
+
+def manager(scope: Scope[_T]) -> AbstractContextManager[_T]:
+    """Return a context manager, for one use."""
+    return cast("AbstractContextManager[_T]", _Manager(scope))
+
+
+class _Exit:
+    """The ``__exit__`` of `_Manager`."""
+
+    def __get__(self, one: _Manager[Any] | None, owner: type) -> Callable[..., None]:
+        if one is None:
+            return self
+        end = one.end and one.end()
+        if end is None:
+            end = partial(one.leave)
+            one.end = weakref.ref(end, partial(_forsaken, one.scope))
+        return end
+
+    def __call__(self, one: _Manager[Any], *exc: Any) -> None:
+        # So does contextlib.ExitStack, which looks it up on the class.
+        one.leave(*exc)
+
+
+class _Manager(Generic[_T]):
+    """A context manager that is left whatever happens.
+
+    1. A ``with`` statement ends and calls ``__exit__``.
+    2. Ctrl-C: CPython looks for signals at the start of each Python function, so
+       the KeyboardInterrupt is raised before the first line of it.
+    3. Nothing has ended, but the statement is over. The traceback refers to the
+       context manager, and interactive Python keeps the last traceback.
+
+    So the statement gets an object that nothing else refers to. When that is gone,
+    or the manager is, and the scope is still entered, it is left.
+    """
+
+    __exit__ = _Exit()
+
+    def __init__(self, scope: Scope[_T]) -> None:
+        self.scope = scope
+        self.end: weakref.ref[Any] | None = None
+        self._used = False
 
     def __enter__(self) -> _T:
         if self._used:
             raise RuntimeError("Call the method again for each `with` statement.")
         self._used = True
-        return self.enter()
+        scope = self.scope
+        _entered[scope] = weakref.ref(self, partial(_forsaken, scope))
+        try:
+            return scope.enter()
+        except BaseException:
+            scope.leave(False)
+            raise
 
-    def __del__(self) -> None:
-        if self._used and not self._ended:  # contextlib.ExitStack's, say
-            self.leave(False)
-
-    def _leave(
+    def leave(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.leave(exc_type is None)
-        self._ended = True
-        self._end = None
+        self.scope.leave(exc_type is None)
+        _entered.pop(self.scope, None)
+        self.end = None
 
-    def _forsaken(self, _: object) -> None:
-        self.leave(False)
+
+_entered: dict[Scope[Any], weakref.ref[_Manager[Any]]] = {}
+
+
+def _forsaken(scope: Scope[Any], _: object) -> None:
+    scope.leave(False)
+    _entered.pop(scope, None)

@@ -39,18 +39,24 @@ class SnapshotSource(Pin, Source):
         super().__init__()
         self.env = env
         # LMDB's transactions are for one thread at a time. Taken in the gate, and
-        # a leaf like the buffer lock, so that it can stand in for that.
+        # a leaf like the buffer lock, for which it stands in.
         self.buffer_lock = RLock()
         self.buffer: Batch = {}  # always empty
         self.settled = 0
         self.thread = get_ident()  # which has opened it
         self.opened = time.monotonic()
+        self._shared = False  # whether other threads have used it
+        self._views = False
+        self._get: Callable[[bytes], Any] = self._refuse
 
     def begin(self, begin: Callable[..., lmdb.Transaction[Any]]) -> None:
         """Open it. Call it in the gate."""
+        if self.env.closing:
+            raise self.env.closed_error()
         # A snapshot that has large values gives views of them.
         self._views = self.env.gives_views(True)
         self.txn = begin(None, None, False, self._views)
+        self._get = self._get_views if self._views else self.txn.get
         self.env.pin(self)
 
     @property
@@ -69,14 +75,18 @@ class SnapshotSource(Pin, Source):
         )
 
     def close(self) -> None:
-        """End the transaction. Doing it again does nothing."""
-        self.env.in_gate(under, self.buffer_lock, self._close)
-        self.end_scans()
+        """End it, without waiting. Doing it again does nothing.
 
-    def _close(self) -> None:
-        txn, self.txn = self.txn, None
-        # A large value that is being unpickled keeps it open until its end.
-        if txn is not None and not any(pin.txn is txn for pin in self.env.pins()):
+        Who is in the midst of using the transaction has it to the end.
+        """
+        txn = self.txn
+        self.release()
+        if txn is not None and get_ident() == self.thread:
+            self.env.in_gate(self._abort, txn, self.env.readers.get(self.thread))
+
+    def _abort(self, txn: lmdb.Transaction[Any], outer: bool | None) -> None:
+        # See `Pin.end`.
+        if not (outer or self._shared or any(p.txn is txn for p in self.env.pins())):
             txn.abort()
 
     def detach(self) -> None:
@@ -84,50 +94,105 @@ class SnapshotSource(Pin, Source):
 
     def release(self) -> None:
         self.txn = None
-        self.buffer_lock = RLock()  # a child's parent may have the other
+        self._get = self._refuse
         self.end_scans()
 
     def visit(self, action: Callable[..., _R], *args: Any) -> _R:
-        # 1. Thread 1 has the lock of a snapshot, and a finalizer of it puts something.
-        # 2. Thread 2 has the buffer lock, and a finalizer of it reads the snapshot.
-        # 3. Each would wait for the lock of the other.
-        if self.env.buffer_lock._is_owned():  # type: ignore[attr-defined]
-            raise BusyError(
-                "A finalizer or signal handler can't read a snapshot just now: its "
-                "thread is in the middle of another operation of the store."
-            )
+        me = get_ident()
+        outer = self.env.readers.get(me)
+        if me != self.thread and not self._shared:
+            self._share(outer)
+        if outer or self.env.writer == me:
+            self._check_locks()
         result: _R = self.env.in_gate(
             under, self.buffer_lock, self._visit, action, args
         )
         return result
 
     def _visit(self, action: Callable[..., _R], args: tuple[Any, ...]) -> _R:
-        if self.txn is None:
+        txn = self.txn
+        if txn is None:
             raise self.closed_error()
-        return action(self._begin, *args)
+        return action(lambda *_: txn, *args)
 
-    def _begin(self, *_: object) -> lmdb.Transaction[Any] | None:
-        return self.txn
+    def _check_locks(self) -> None:
+        """Raise if waiting for the lock could be a deadlock.
+
+        1. Thread 1 has the lock of a snapshot, and a finalizer of it puts something.
+        2. Thread 2 has the buffer lock, and a finalizer of it reads the snapshot.
+        3. Each would wait for the lock of the other. Two snapshots are no better.
+        """
+        locks: list[Any] = [self.env.buffer_lock]
+        locks += [other.buffer_lock for other in self.env.snapshots()]
+        if any(lock._is_owned() for lock in locks if lock is not self.buffer_lock):
+            raise self._busy_error()
+
+    def _busy_error(self) -> BusyError:
+        return BusyError(
+            "A finalizer or signal handler can't read a snapshot just now: its thread "
+            "is in the middle of another operation of the store."
+        )
 
     def gives_views(self, values: bool) -> bool:
         return self._views
 
     # Reads
 
-    def fetch(self, key: bytes) -> bytes | LargeValue | None:
+    def fetch(self, key: bytes) -> Any:
         """Return what is stored under `key`, for `load`, if anything."""
-        return self.visit(self._fetch, key)
+        # What `visit` does, without the lock as long as one thread has it.
+        env = self.env
+        readers = env.readers
+        me = get_ident()
+        outer = readers.get(me)
+        if me != self.thread and not self._shared:
+            self._share(outer)
+        readers[me] = True
+        try:
+            if env.barred is not None:
+                env.give_way(me, outer)
+            if not self._shared:
+                return self._get(key)
+            if outer or env.writer == me:
+                self._check_locks()
+            return under(self.buffer_lock, self._get, key)
+        finally:
+            try:
+                if outer is None:
+                    del readers[me]
+                else:
+                    readers[me] = outer
+            finally:
+                pass
 
-    def _fetch(self, begin: object, key: bytes) -> bytes | LargeValue | None:
-        txn: Any = self.txn
-        raw: Any = txn.get(key)
-        if raw is not None and self._views:
-            return LargeValue(self.env, txn, raw) if len(raw) >= LARGE else bytes(raw)
-        kept: bytes | None = raw
-        return kept
+    def _share(self, outer: bool | None = None) -> None:
+        """Let other threads in than the one that has opened this.
+
+        That one enters the gate, *then* looks at `_shared`; here it is the other way
+        round: one always sees the other.
+        """
+        if outer or self.env.writer == get_ident():
+            raise self._busy_error()
+        self._shared = True
+        while self.env.readers.get(self.thread, False):
+            time.sleep(0.0001)
+
+    def _refuse(self, key: bytes) -> bytes:
+        raise self.closed_error()
+
+    def _get_views(self, key: bytes) -> bytes | LargeValue | None:
+        txn = self.txn
+        if txn is None:
+            raise self.closed_error()
+        view: memoryview | None = txn.get(key)
+        if view is None:
+            return None
+        return LargeValue(self.env, txn, view) if len(view) >= LARGE else bytes(view)
 
     def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
         """Return what is stored under `keys`."""
+        if self.closed:
+            raise self.closed_error()
         found = {}
         for start in range(0, len(keys), _CHUNK_KEYS):
             chunk = keys[start : start + _CHUNK_KEYS]
@@ -141,23 +206,22 @@ class SnapshotSource(Pin, Source):
     def _fetch_many(
         self, begin: object, keys: list[bytes]
     ) -> list[bytes | LargeValue | None]:
-        return [self._fetch(begin, key) for key in keys]
+        return list(map(self._get, keys))
 
     def load(self, key: bytes, raw: bytes | LargeValue) -> Any:
         """Unpickle what `fetch` returned."""
         try:
-            return loads(raw) if type(raw) is bytes else load(raw)
+            return load(raw)
         except Exception as error:
             raise unpickle_error(key, False, error) from error
 
 
 class SnapshotScope(Scope["Snapshot[_K, _V]"]):
-    """The context manager of a snapshot."""
+    """The time for which a snapshot is open."""
 
     def __init__(
         self, env: SharedEnvironment, snapshot: Snapshot[_K, _V], source: SnapshotSource
     ) -> None:
-        super().__init__()
         self._env = env
         self._snapshot = snapshot
         self._source = source
@@ -201,9 +265,13 @@ class Snapshot(StoreMapping[_K, _V]):
         """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
             key = self._codec.encode(key)
-        source = self._open_source
-        raw = source.fetch(key)
-        return default if raw is None else source.load(key, raw)
+        raw = self._open_source.fetch(key)
+        if raw is None:
+            return default
+        try:
+            return loads(raw) if type(raw) is bytes else raw.load()
+        except Exception as error:
+            raise unpickle_error(key, False, error) from error
 
     def __contains__(self, key: object) -> bool:
         """Return whether there is a value under `key`."""

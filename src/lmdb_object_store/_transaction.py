@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lmdb
@@ -33,16 +34,14 @@ def current_task() -> object:
     return asyncio.current_task()
 
 
-class Guard:
-    """Ends a block with its thread, which has this among its thread-local data."""
+class _Life(threading.local):
+    """What ends with a thread, in that thread."""
 
-    def __init__(self, block: Block) -> None:
-        self._block = weakref.ref(block)
+    def __init__(self) -> None:
+        self.token = {0}  # of a type that takes weak references
 
-    def __del__(self) -> None:
-        block = self._block()
-        if block is not None:
-            block.finish()
+
+_life = _Life()
 
 
 class Block(Source):
@@ -67,7 +66,7 @@ class Block(Source):
 
     def __init__(self, env: SharedEnvironment, level: Batch) -> None:
         self.env = env
-        self.buffer_lock = env.buffer_lock
+        self.buffer_lock = RLock()
         self.buffer = {}  # the changes
         self.buffer_bytes = 0
         self.settled = 0
@@ -82,6 +81,8 @@ class Block(Source):
         # Of each `with` statement: what its keys had been before it changed them.
         self._levels = [level]
         self._why = ""
+        # So it ends with its thread, if a generator has not ended it.
+        self._thread_end: Any = weakref.ref(_life.token, lambda _: self.finish())
         self._running = Lock()  # locked until the end, for others to wait on
         self._running.acquire()
 
@@ -172,7 +173,7 @@ class Block(Source):
         """Do what is left to do when this is not the environment's block any more."""
         self._why = self._why or why
         self.closed = True
-        self.txn = self.task = None
+        self.txn = self.task = self._thread_end = None
         self.end_scans()
         self._let_go()
         self.buffer = {}
@@ -284,7 +285,7 @@ class Block(Source):
 
 
 class BlockScope(Scope[_T]):
-    """The context manager of a transaction block, or of one nested in it.
+    """A transaction block, or one nested in it.
 
     Parameters
     ----------
@@ -301,7 +302,6 @@ class BlockScope(Scope[_T]):
         begin: Callable[[], _T],
         end: Callable[[_T], None] | None = None,
     ) -> None:
-        super().__init__()
         self._env = env
         self._begin = begin
         self._at_end = end
@@ -316,11 +316,7 @@ class BlockScope(Scope[_T]):
         else:
             self._block = Block(self._env, self._level)
             self._env.open_block(self._block)
-        try:
-            self._value = self._begin()
-        except BaseException:
-            self.leave(False)
-            raise
+        self._value = self._begin()
         return self._value
 
     def leave(self, normally: bool) -> None:

@@ -14,7 +14,7 @@ from types import (
     MappingProxyType,
     TracebackType,
 )
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import lmdb
 
@@ -23,7 +23,7 @@ from ._keys import KeyCodec, describe
 from ._mapping import _K, _T, _V, StoreMapping, refuse_single
 from ._process import register
 from ._ranges import ALL
-from ._scope import Scope
+from ._scope import manager
 from ._snapshot import Snapshot, SnapshotScope, SnapshotSource
 from ._source import ABSENT
 from ._transaction import Block, BlockScope
@@ -500,7 +500,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         BusyError
             Called inside another operation, or by another task of the thread.
         """
-        return _manager(BlockScope(self._env, lambda: self))
+        return manager(BlockScope(self._env, lambda: self))
 
     @overload
     def edit(self, key: _K) -> AbstractContextManager[_V]: ...
@@ -540,7 +540,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 )
             return value
 
-        return _manager(
+        return manager(
             BlockScope(self._env, begin, lambda value: self.put(encoded, value))
         )
 
@@ -567,7 +567,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         """
         source = SnapshotSource(self._env)
         snapshot: Snapshot[_K, _V] = Snapshot(self._path, self._codec, source)
-        return _manager(SnapshotScope(self._env, snapshot, source))
+        return manager(SnapshotScope(self._env, snapshot, source))
 
     # Flush and close
 
@@ -756,10 +756,6 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             f"The value of {describe(key)} takes {size} bytes; LMDB stores values "
             "below 4 GiB. Store it in pieces."
         )
-
-
-def _manager(scope: Scope[_T]) -> AbstractContextManager[_T]:
-    return cast("AbstractContextManager[_T]", scope)  # its __exit__ is no method
 
 
 def _is_immutable(value: object) -> bool:
