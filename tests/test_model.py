@@ -77,7 +77,7 @@ ranges = st.fixed_dictionaries(
     {}, optional={"prefix": bounds, "start": bounds, "stop": bounds}
 )
 kinds = st.sampled_from(["keys", "values", "items"])
-sources = st.integers(0, 4)  # the store, or one of the open snapshots
+sources = st.integers(0, 4)  # an open snapshot, or the store, as 3 and 4 always are
 
 
 def values_of(sizes):
@@ -545,14 +545,16 @@ class StoreAsDict(RuleBasedStateMachine):
     # Iterators, which other rules come between
 
     @rule(which=sources, iterator=iterators)
-    def open_iterator(self, iterator, which=math.inf):
+    def open_iterator(self, iterator, which=3):
         kind, bounds, is_reversed, pace = iterator
         source, model = self.source(which)
         view = getattr(source, kind)(**bounds)
         pending = dict(self.store.write_buffer)
-        origin = next(iter([*self.snapshots[which : which + 1], *self.blocks]), None)
+        origins = self.snapshots[which : which + 1] or self.blocks
         holds = partial(in_range, **bounds)
-        walk = Walk(origin, view, kind, is_reversed, model, holds, pace)
+        walk = Walk(
+            next(iter(origins), None), view, kind, is_reversed, model, holds, pace
+        )
         if source is not self.store or not self.store.autoflush_on_read:
             assert self.store.write_buffer == pending
         elif self.store.max_map_size is None and self.reads_flush:

@@ -311,9 +311,8 @@ class SharedEnvironment(Gate, Source):
         buffer, so no other thread can have seen it.
         """
         block = self.block
-        source = self if block is None else self.current()
-        if isinstance(source, Block):
-            source.write(key, raw, batch_size, batch_bytes)
+        if block is not None and block is self.current():
+            block.write(key, raw)
             return
         count = len(self.buffer) + (key not in self.buffer)
         size = len(key) + len(raw or b"")

@@ -95,6 +95,7 @@ class SnapshotSource(Pin, Source):
     def release(self) -> None:
         self.txn = None
         self._get = self._refuse
+        self.buffer_lock = RLock()  # in a forked child nobody may release the other
         self.end_scans()
 
     def visit(self, action: Callable[..., _R], *args: Any) -> _R:

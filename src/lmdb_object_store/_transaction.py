@@ -226,11 +226,10 @@ class Block(Source):
         self.check()
         return action(*args)
 
-    def write(
-        self, key: bytes, raw: bytes | None, batch_size: int, batch_bytes: int
-    ) -> None:
-        """Note a write."""
-        self._note((key,))
+    def write(self, key: bytes, raw: bytes | None, *_: int) -> None:
+        """Do what `SharedEnvironment.write` does."""
+        if len(self._levels) > 1:
+            self._note((key,))
         self.buffer[key] = raw
 
     def exchange(

@@ -84,7 +84,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     max_map_size : int, optional
         Bytes up to which the map may grow by itself; None sets no limit.
     growth_timeout : float
-        Seconds for which growth (and close) wait for reads that don't end.
+        Seconds for which growth waits for open snapshots, and growth and close for
+        reads that don't end.
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
@@ -707,7 +708,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     @property
     def growth_timeout(self) -> float:
-        """Seconds for which growth and close wait for reads that don't end."""
+        """Seconds for which growth waits for open snapshots and stuck reads."""
         return self._env.growth_timeout
 
     @growth_timeout.setter
