@@ -238,11 +238,14 @@ class StoreAsDict(RuleBasedStateMachine):
         autoflush=st.booleans(),
         pages=st.sampled_from([None, 64, 256]),
         early=st.booleans(),
+        levels=st.integers(0, 2),
         stored=st.one_of(items, fillings),
         pending=fillings,
         iterators=st.lists(iterators, min_size=1, max_size=3),
     )
-    def begin(self, early, stored, pending, iterators, pages, autoflush, **options):
+    def begin(
+        self, early, stored, levels, pending, iterators, pages, autoflush, **options
+    ):
         self.options = {
             **options,
             "autoflush_on_read": autoflush,
@@ -255,6 +258,8 @@ class StoreAsDict(RuleBasedStateMachine):
         if early:
             self.open_snapshot()
         self.put_many(stored)
+        for _ in range(levels):
+            self.begin_block()
         self.update(pending, {})
         for iterator in iterators:
             self.open_iterator(iterator)

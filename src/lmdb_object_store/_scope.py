@@ -28,9 +28,9 @@ class Scope(ABC, Generic[_T]):
         """
 
 
-def manager(scope: Scope[_T]) -> AbstractContextManager[_T]:
+def manager(scope: Scope[_T]) -> AbstractContextManager[_T, None]:
     """Return a context manager, for one use."""
-    return cast("AbstractContextManager[_T]", _Manager(scope))
+    return cast("AbstractContextManager[_T, None]", _Manager(scope))
 
 
 class _Exit:

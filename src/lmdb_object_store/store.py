@@ -473,7 +473,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     # Several things at once
 
-    def transaction(self) -> AbstractContextManager[Self]:
+    def transaction(self) -> AbstractContextManager[Self, None]:
         """Return a context manager: all of its block is done, or nothing.
 
         It yields the store. Whatever the block reads and writes through the store
@@ -504,10 +504,12 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         return manager(BlockScope(self._env, lambda: self))
 
     @overload
-    def edit(self, key: _K) -> AbstractContextManager[_V]: ...
+    def edit(self, key: _K) -> AbstractContextManager[_V, None]: ...
     @overload
-    def edit(self, key: _K, default: _V) -> AbstractContextManager[_V]: ...
-    def edit(self, key: Any, default: Any = ABSENT) -> AbstractContextManager[Any]:
+    def edit(self, key: _K, default: _V) -> AbstractContextManager[_V, None]: ...
+    def edit(
+        self, key: Any, default: Any = ABSENT
+    ) -> AbstractContextManager[Any, None]:
         """Return a context manager: change a stored object in place.
 
         It yields the value of `key`, or a copy of `default`, and stores what has
@@ -545,7 +547,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             BlockScope(self._env, begin, lambda value: self.put(encoded, value))
         )
 
-    def snapshot(self) -> AbstractContextManager[Snapshot[_K, _V]]:
+    def snapshot(self) -> AbstractContextManager[Snapshot[_K, _V], None]:
         """Return a context manager: the store as it is now, whatever comes.
 
         It yields a read-only mapping, which is closed at the end of the block.

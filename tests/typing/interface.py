@@ -15,7 +15,7 @@ from typing import Any
 import lmdb
 from typing_extensions import assert_type
 
-from lmdb_object_store import LmdbObjectStore
+from lmdb_object_store import LmdbObjectStore, Snapshot
 
 
 @dataclass
@@ -259,6 +259,34 @@ def life_cycle() -> None:
         store.flush()
     store.close()
     store.close(strict=True)
+
+
+def returns_from_inside(store: LmdbObjectStore[str, User]) -> User:
+    with store.transaction(), store.edit("ann") as user:
+        return user  # an exception is never swallowed, so nothing comes after this
+
+
+def several_things_at_once(store: LmdbObjectStore[str, User]) -> None:
+    with store.transaction() as inside:
+        assert_type(inside, LmdbObjectStore[str, User])
+    with store.edit("ann") as user:
+        assert_type(user, User)
+    with store.edit("ann", default=User("Ann")) as user:
+        assert_type(user, User)
+    store.edit("ann", 1)  # type: ignore[call-overload]
+    store.edit(b"ann")  # type: ignore[call-overload]
+    with store.snapshot() as snapshot:
+        assert_type(snapshot, Snapshot[str, User])
+        mapping: Mapping[str, User] = snapshot
+        assert_type(snapshot["ann"], User)
+        assert_type(snapshot.get("ann"), User | None)
+        assert_type(snapshot.get("ann", 1), User | int)
+        assert_type(snapshot.get_many(["ann"]), tuple[dict[bytes, User], list[str]])
+        assert_type(list(snapshot.keys("a")), list[str])
+        assert_type(list(snapshot.items(start="a")), list[tuple[str, User]])
+        assert_type(list(reversed(snapshot.values())), list[User])
+        assert_type(snapshot.closed, bool)
+        snapshot["ann"] = mapping["ann"]  # type: ignore[index]
 
 
 def attributes(store: LmdbObjectStore[str, User]) -> None:
