@@ -1,6 +1,7 @@
 """Ctrl-C, signal handlers and finalizers in blocks, edits and snapshots."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -206,3 +207,201 @@ def test_a_block_may_be_interrupted_at_every_moment(store, in_thread, statement)
     assert states[-1] == new
     in_thread(lambda: grow_at_once(store)).result()
     in_thread(store.close).result()
+
+
+def test_the_beginning_of_a_block_with_something_pending_may_be_interrupted(
+    store, in_thread
+):
+    numbers = count(1)
+    kept = deque(maxlen=20)
+
+    def prepare():
+        return restore(store, next(numbers))
+
+    def look():
+        state = state_from_outside(store)
+        store.delete("pending")
+        store.flush()
+        return state
+
+    for number, (_, result) in enumerate(every_step(prepare, write), 1):
+        assert not isinstance(result, Exception)
+        kept.append(result)
+        state = in_thread(look).result()
+        assert state.pop("pending") == number
+        assert state in (OLD, STATEMENTS[write])
+        check_readers(store)
+    assert number > 500
+    in_thread(lambda: grow_at_once(store)).result()
+    in_thread(store.close).result()
+
+
+def read_a_snapshot(store):
+    with store.snapshot() as snapshot:
+        assert (snapshot["a"], snapshot.get("x"), "b" in snapshot) == (1, None, True)
+        assert snapshot.get_many(["b", "x"], decode_keys=True) == ({"b": 2}, ["x"])
+
+
+def read_a_snapshot_in_order(store):
+    with store.snapshot() as snapshot:
+        for key in snapshot:
+            if key == "b":
+                break
+        assert len(snapshot) == len(snapshot.keys()) == 4
+        assert dict(reversed(snapshot.items(stop="list"))) == {"a": 1, "b": 2}
+
+
+def read_two_snapshots(store):
+    with store.snapshot() as before:
+        store["a"] = "new"
+        with store.snapshot() as after:
+            assert (before["large"], after["large"]) == (LARGE, LARGE)
+            assert (before["a"], after["a"]) == (1, "new")
+
+
+def fail_in_a_snapshot(store):
+    with suppress(ZeroDivisionError), store.snapshot() as snapshot:
+        next(iter(snapshot.items()))
+        1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(read_a_snapshot, read_a_snapshot_in_order),
+        *(read_two_snapshots, fail_in_a_snapshot),
+    ],
+)
+def test_a_snapshot_may_be_interrupted_at_every_moment(store, in_thread, statement):
+    store.put_many({**OLD, "large": LARGE})
+    kept = deque(maxlen=20)
+
+    def prepare():
+        store["a"] = 1
+        return store
+
+    for _, result in every_step(prepare, statement):
+        assert not isinstance(result, Exception)
+        kept.append(result)
+        check_readers(store)
+        in_thread(lambda: state_from_outside(store)).result()
+    assert KeyboardInterrupt in map(type, kept)
+    in_thread(lambda: grow_at_once(store)).result()
+    in_thread(store.close).result()
+
+
+def test_the_growth_of_a_block_may_be_interrupted_at_every_moment(
+    open_store, in_thread
+):
+    numbers = count()
+    kept = deque(maxlen=20)
+
+    def prepare():
+        return restore(open_store(str(next(numbers)), **OPTIONS))
+
+    for store, result in every_step(prepare, grow):
+        assert not isinstance(result, Exception)
+        kept.append(result)
+        state = in_thread(lambda: state_from_outside(store)).result()  # noqa: B023
+        assert state in (OLD, {**OLD, "large": LARGE * 10})
+        check_readers(store)
+        in_thread(lambda: grow_at_once(store)).result()  # noqa: B023
+        in_thread(store.close).result()
+        shutil.rmtree(store.db_path)
+    assert state != OLD
+
+
+# Going on after an interrupt
+
+
+def put_many(store):
+    store.put_many({"a": "new", "c": 3})
+
+
+def delete_many(store):
+    store.delete_many(["a", "b"])
+
+
+def delete_range(store):
+    store.delete_many(store.keys(stop="c"))
+
+
+def pop(store):
+    assert store.pop("a") == 1
+
+
+def popitem(store):
+    assert store.popitem() == ("list", [0])
+
+
+def setdefault(store):
+    assert store.setdefault("c", 3) == 3
+
+
+def iterate(store):
+    assert dict(store.items(stop="c")) == {"a": 1, "b": 2}
+
+
+INSIDE = {
+    put_many: {**OLD, "a": "new", "c": 3},
+    delete_many: {"list": [0]},
+    delete_range: {"list": [0]},
+    pop: {"b": 2, "list": [0]},
+    popitem: {"a": 1, "b": 2},
+    setdefault: {**OLD, "c": 3},
+    iterate: OLD,
+    nest: STATEMENTS[nest],
+    nest_and_fail: STATEMENTS[nest_and_fail],
+    edit: STATEMENTS[edit],
+}
+
+
+@pytest.mark.parametrize("operation", INSIDE)
+def test_a_block_may_go_on_after_an_interrupt(store, in_thread, operation):
+    kept, states = deque(maxlen=20), []
+
+    def action(store):
+        with store.transaction():
+            store["first"] = 1
+            try:
+                operation(store)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            store["z"] = 1
+
+    def clear_and_restore():
+        store.delete_many(["first", "z"])
+        return restore(store)
+
+    around = {"first": 1, "z": 1}
+    expected = [OLD, {**OLD, **around}, {**INSIDE[operation], **around}]
+    for _, result in every_step(clear_and_restore, action):
+        assert not isinstance(result, Exception)
+        states.append(in_thread(lambda: state_from_outside(store)).result())
+        assert states[-1] in expected
+        check_readers(store)
+    assert expected[1] in states
+    assert states[-1] == expected[2]
+    in_thread(lambda: grow_at_once(store)).result()
+    in_thread(store.close).result()
+
+
+def test_a_snapshot_may_be_read_after_an_interrupt(store, in_thread):
+    kept = deque(maxlen=20)
+
+    def action(store):
+        with store.snapshot() as snapshot:
+            try:
+                assert snapshot["a"] == 1
+                list(snapshot.items())
+                snapshot.get_many(["a"])
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            return snapshot == OLD and in_thread(lambda: snapshot == OLD).result()
+
+    for _, result in every_step(lambda: restore(store), action):
+        assert result is True or isinstance(result, KeyboardInterrupt)
+        check_readers(store)
+    assert result
+    assert len(kept) == 20
+    in_thread(lambda: grow_at_once(store)).result()

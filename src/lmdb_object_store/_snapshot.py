@@ -45,9 +45,10 @@ class SnapshotSource(Pin, Source):
         self.settled = 0
         self.thread = get_ident()  # which has opened it
         self.opened = time.monotonic()
-        self._shared = False  # whether other threads have used it
+        self._lock_free = True  # whether only that thread uses it, without the lock
+        self._shared = False  # whether the others can be sure that it takes the lock
         self._views = False
-        self._get: Callable[[bytes], Any] = self._refuse
+        self._get: Callable[[bytes], Any] | None = None  # unless it is open
 
     def begin(self, begin: Callable[..., lmdb.Transaction[Any]]) -> None:
         """Open it. Call it in the gate."""
@@ -86,7 +87,8 @@ class SnapshotSource(Pin, Source):
 
     def _abort(self, txn: lmdb.Transaction[Any], outer: bool | None) -> None:
         # See `Pin.end`.
-        if not (outer or self._shared or any(p.txn is txn for p in self.env.pins())):
+        used = any(pin.txn is txn for pin in self.env.pins())  # by a large value, say
+        if self._lock_free and not outer and not used:
             txn.abort()
 
     def detach(self) -> None:
@@ -94,7 +96,7 @@ class SnapshotSource(Pin, Source):
 
     def release(self) -> None:
         self.txn = None
-        self._get = self._refuse
+        self._get = None
         self.buffer_lock = RLock()  # in a forked child nobody may release the other
         self.end_scans()
 
@@ -152,11 +154,14 @@ class SnapshotSource(Pin, Source):
         try:
             if env.barred is not None:
                 env.give_way(me, outer)
-            if not self._shared:
-                return self._get(key)
+            get = self._get
+            if get is None:
+                raise self.closed_error()
+            if self._lock_free:
+                return get(key)
             if outer or env.writer == me:
                 self._check_locks()
-            return under(self.buffer_lock, self._get, key)
+            return under(self.buffer_lock, get, key)
         finally:
             try:
                 if outer is None:
@@ -169,17 +174,15 @@ class SnapshotSource(Pin, Source):
     def _share(self, outer: bool | None = None) -> None:
         """Let other threads in than the one that has opened this.
 
-        That one enters the gate, *then* looks at `_shared`; here it is the other way
-        round: one always sees the other.
+        That one enters the gate, *then* looks at `_lock_free`; here it is the other
+        way round: one always sees the other.
         """
         if outer or self.env.writer == get_ident():
             raise self._busy_error()
-        self._shared = True
+        self._lock_free = False
         while self.env.readers.get(self.thread, False):
             time.sleep(0.0001)
-
-    def _refuse(self, key: bytes) -> bytes:
-        raise self.closed_error()
+        self._shared = True
 
     def _get_views(self, key: bytes) -> bytes | LargeValue | None:
         txn = self.txn
@@ -205,9 +208,10 @@ class SnapshotSource(Pin, Source):
         return found
 
     def _fetch_many(
-        self, begin: object, keys: list[bytes]
+        self, begin: Callable[[], lmdb.Transaction[bytes]], keys: list[bytes]
     ) -> list[bytes | LargeValue | None]:
-        return list(map(self._get, keys))
+        get: Any = self._get_views if self._views else begin().get
+        return list(map(get, keys))
 
     def load(self, key: bytes, raw: bytes | LargeValue) -> Any:
         """Unpickle what `fetch` returned."""
