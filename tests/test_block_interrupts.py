@@ -20,6 +20,7 @@ from moments import every_step, handling
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 OLD = {"a": 1, "b": 2, "list": [0]}
+KEPT = {"visitor", "counter", "edited", "many"}
 OPTIONS = {
     "key_encoding": "utf-8",
     "autoflush_on_read": False,
@@ -52,8 +53,8 @@ def store(open_store):
 
 def restore(store, pending=None):
     """Bring the store to where the operations below start from."""
-    if store != OLD:
-        store.clear()
+    if {**store, **OLD} != store or not store.keys() <= {*OLD, *KEPT}:
+        store.delete_many(store.keys() - KEPT)
         store.put_many(OLD)
     if pending:
         store["pending"] = pending
@@ -405,3 +406,126 @@ def test_a_snapshot_may_be_read_after_an_interrupt(store, in_thread):
     assert result
     assert len(kept) == 20
     in_thread(lambda: grow_at_once(store)).result()
+
+
+# Signal handlers
+
+
+class Visitor:
+    """What a signal handler does with the store, again and again."""
+
+    def __init__(self, store):
+        self.store = store
+        self.visits = self.served = self.refused = 0
+        self.counted = self.edited = 0
+
+    def __call__(self):
+        self.visits += 1
+        store = self.store
+        store["visitor"] = self.visits
+        assert store["visitor"] == self.visits
+        store.delete("missing")
+        assert "missing" not in store
+        assert len(store) >= 2
+        calls = (self.count, self.edit, self.fail, self.read, store.flush)
+        for call in calls:
+            try:
+                call()
+            except lmdb.Error:
+                self.refused += 1
+            else:
+                self.served += 1
+
+    def count(self):
+        with self.store.transaction() as store:
+            store["counter"] = store.get("counter", 0) + 1
+            store.put_many({"many": self.visits})
+        self.counted += 1
+
+    def edit(self):
+        with self.store.edit("edited", []) as numbers:
+            numbers.append(1)
+        self.edited += 1
+
+    def fail(self):
+        with suppress(ZeroDivisionError), self.store.transaction() as store:
+            store["doomed"] = 1 / 0
+
+    def read(self):
+        with self.store.snapshot() as snapshot:
+            assert len(snapshot) >= 2
+            assert "doomed" not in snapshot
+
+    def check(self):
+        """Nothing is lost that was accepted. For another thread."""
+        state = state_from_outside(self.store)
+        assert state.pop("visitor", self.visits) == self.visits
+        assert state.pop("counter", 0) == self.counted
+        assert len(state.pop("edited", [])) == self.edited
+        state.pop("many", 0)
+        return state
+
+
+@pytest.mark.parametrize(
+    "statement", [write, write_many, nest, edit, edit_a_default, read_a_snapshot]
+)
+def test_a_signal_handler_may_use_the_store_at_every_moment(
+    store, in_thread, statement
+):
+    new = STATEMENTS.get(statement, OLD)
+    visitor = Visitor(store)
+    with handling(visitor):
+        for _, result in every_step(lambda: restore(store), statement):
+            assert result is None
+            assert in_thread(visitor.check).result() == new
+    assert visitor.visits > 100
+    assert visitor.served > visitor.refused > visitor.visits
+    in_thread(lambda: grow_at_once(store)).result()
+    in_thread(store.close).result()
+
+
+@pytest.mark.parametrize("statement", [fail, nest_and_fail, edit_and_fail])
+def test_a_signal_handler_may_use_the_store_in_what_is_undone(
+    store, in_thread, statement
+):
+    new = STATEMENTS[statement]
+
+    visitor = Visitor(store)
+    with handling(visitor):
+        for _, result in every_step(lambda: restore(store), statement):
+            assert result is None
+            state = in_thread(lambda: state_from_outside(store)).result()
+            assert {key: state[key] for key in state if key not in KEPT} == new
+    assert visitor.visits > 100
+    in_thread(lambda: grow_at_once(store)).result()
+    in_thread(store.close).result()
+
+
+@pytest.mark.parametrize("statement", [write, edit, read_a_snapshot])
+def test_a_signal_handler_may_close_at_every_moment_of_a_block(open_store, statement):
+    new = STATEMENTS.get(statement, OLD)
+    numbers = count()
+    outcomes = []
+
+    stores = []
+
+    def prepare():
+        store = restore(open_store(str(next(numbers)), **OPTIONS))
+        store["pending"] = 1
+        stores.append(store)
+        return store
+
+    def close():
+        with suppress(BusyError):
+            stores[-1].close()
+
+    with handling(close):
+        for store, result in every_step(prepare, statement):
+            assert result is None or isinstance(result, ClosedError)
+            outcomes.append(type(result))
+            close()
+            with LmdbObjectStore(store.db_path, **OPTIONS) as reopened:
+                assert reopened.pop("pending") == 1
+                assert reopened == (OLD if result else new)
+            shutil.rmtree(store.db_path)
+    assert ClosedError in outcomes

@@ -69,6 +69,8 @@ _RECYCLE_PAGES = 4
 """Pages that `_recycle` needs beside those on the way to a key."""
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
+_BLOCK_SLICE = 0.005
+"""Seconds after which a waiting writer looks again whether a block has ended."""
 _NOTICE = 1.0
 """Seconds after which growth tells that it waits for snapshots."""
 _READ_FLUSH_PAUSE = 1.0
@@ -282,7 +284,14 @@ class SharedEnvironment(Gate, Source):
         """
         if self.closed:
             raise self.closed_error() from None
-        self.as_writer(self._repair, error, begin)
+        if isinstance(error, lmdb.ReadersFullError) and self.block is not None:
+            self.in_gate(self._clear_readers)  # reads don't wait for a block
+        else:
+            self.as_writer(self._repair, error, begin)
+
+    def _clear_readers(self) -> None:
+        self.env.reader_check()
+        self._begin()  # raises the same again if no slot is free now
 
     def _repair(self, error: lmdb.Error, begin: Any) -> None:
         if self.closed:
@@ -676,7 +685,7 @@ class SharedEnvironment(Gate, Source):
                 return work(txn)
             except lmdb.MapFullError:
                 if self.env.info()["map_size"] < self._cap():
-                    self._await_snapshots(time.monotonic() + self.growth_timeout)
+                    self._await_snapshots()
                 raise
 
         return work_or_wait
@@ -765,11 +774,10 @@ class SharedEnvironment(Gate, Source):
 
     def _resize(self, size: int) -> None:
         """Move the map; 0 adopts the size that another process has set."""
-        deadline = time.monotonic() + self.growth_timeout
         try:
             moved = False
             while not moved:
-                self._await_snapshots(deadline)
+                self._await_snapshots()
                 moved = self.alone(self.growth_timeout, self._set_map_size, size)
         except (lmdb.Error, MemoryError) as error:
             if not size or isinstance(error, SnapshotOpenError):
@@ -805,7 +813,20 @@ class SharedEnvironment(Gate, Source):
         me = get_ident()
         return any(snapshot.thread == me for snapshot in self.snapshots())
 
-    def _await_snapshots(self, deadline: float) -> None:
+    def _has_waited_long(self) -> bool:
+        """Whether growth has waited `growth_timeout` seconds for a snapshot.
+
+        If so, nobody else waits for that one: a queue of writers would do so one
+        after the other.
+        """
+        now = time.monotonic()
+        for snapshot in self.snapshots():
+            snapshot.awaited = snapshot.awaited or now
+            if now >= snapshot.awaited + self.growth_timeout:
+                return True
+        return False
+
+    def _await_snapshots(self) -> None:
         """Wait until the map may move, and let reads go on meanwhile."""
         notice = None
         try:
@@ -815,7 +836,7 @@ class SharedEnvironment(Gate, Source):
                         snapshot.close()
                     break
                 hopeless = self._hurried or self._holds_snapshot()
-                if hopeless or time.monotonic() >= deadline:
+                if hopeless or self._has_waited_long():
                     raise self._snapshot_error()
                 self.moving = True
                 if notice is None:
@@ -841,10 +862,11 @@ class SharedEnvironment(Gate, Source):
     def _snapshot_error(self) -> SnapshotOpenError:
         whose = "one of them by this thread" if self._holds_snapshot() else "for long"
         return SnapshotOpenError(
-            f"The map of {self.path!r} has to move, but {len(self.snapshots())} "
-            f"snapshots are open, {whose}. Close snapshots sooner, or open the store "
-            "with a larger map_size, so that it need not grow. What was pending still "
-            "is; flush again later."
+            f"The map of {self.path!r} has to move, as it is full or another process "
+            f"has made it larger, but {len(self.snapshots())} snapshots are open, "
+            f"{whose}. Close snapshots sooner, or open the store with a larger "
+            "map_size, so that it need not grow. What was pending still is; flush "
+            "again later."
         )
 
     def _alive(self) -> bool:
@@ -918,8 +940,16 @@ class SharedEnvironment(Gate, Source):
             )
             return result
         finally:
-            for line in news:  # a logging handler is user code: it may wait for us
-                log.log(*line)
+            block = self.block
+            if block is not None and block.thread == get_ident():
+                block.news += news
+            else:
+                self.log_all(news)
+
+    def log_all(self, news: list[tuple[Any, ...]]) -> None:
+        """Log, while this thread holds nobody up: a logging handler is user code."""
+        for line in news:
+            log.log(*line)
 
     def _as_patient_writer(
         self,
@@ -950,10 +980,16 @@ class SharedEnvironment(Gate, Source):
             raise self._snapshot_error()
 
     def _await_block(self, check: Callable[[], None]) -> None:
-        """Wait for the end of another thread's block, and `check` meanwhile."""
-        while self.block is not None and not self.block.lost:
+        """Wait for the end of another thread's block, and `check` meanwhile.
+
+        In slices, since no lock can say that a block has ended: it can be ended, or
+        lost, by an interrupt or a finalizer in any thread.
+        """
+        began = time.monotonic()
+        while (block := self.block) is not None and not block.lost:
             check()
-            time.sleep(0.001)
+            waited = time.monotonic() - began
+            time.sleep(min(0.00005 + waited / 10, _BLOCK_SLICE))
 
     def _as_next_writer(
         self,
@@ -961,9 +997,8 @@ class SharedEnvironment(Gate, Source):
         action: Callable[..., _R],
         args: tuple[Any, ...],
     ) -> _R:
-        block = self.block
-        if block is not None:
-            block.wait()
+        if self.block is not None:
+            self._await_block(lambda: None)
             if self.block is not None:
                 raise BusyError(
                     f"A transaction block of {self.path!r} has been left in another "

@@ -201,9 +201,8 @@ class Scan(Pin):
             if self._views and self._values:
                 rows, more = self._copy(self.txn)
             else:
-                rows = list(
-                    map(bytes, self._entries()) if self._views else self._entries()
-                )
+                entries = self._entries()
+                rows = list(map(bytes, entries) if self._views else entries)
                 more = len(rows) == self._count
         finally:
             try:  # as in Gate
@@ -277,6 +276,10 @@ class Scan(Pin):
 
     def release(self) -> None:
         super().release()
+        self.stop()
+
+    def stop(self) -> None:
+        """Forget the chunk that is in use."""
         self._rows.clear()
 
 

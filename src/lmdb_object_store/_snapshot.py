@@ -20,6 +20,7 @@ from .exceptions import BusyError, ClosedError
 if TYPE_CHECKING:
     from ._environment import SharedEnvironment
     from ._keys import KeyCodec
+    from .store import LmdbObjectStore
 
 _R = TypeVar("_R")
 
@@ -45,6 +46,7 @@ class SnapshotSource(Pin, Source):
         self.settled = 0
         self.thread = get_ident()  # which has opened it
         self.opened = time.monotonic()
+        self.awaited = 0.0  # since when growth waits for it
         self._lock_free = True  # whether only that thread uses it, without the lock
         self._shared = False  # whether the others can be sure that it takes the lock
         self._views = False
@@ -224,16 +226,14 @@ class SnapshotSource(Pin, Source):
 class SnapshotScope(Scope["Snapshot[_K, _V]"]):
     """The time for which a snapshot is open."""
 
-    def __init__(
-        self, env: SharedEnvironment, snapshot: Snapshot[_K, _V], source: SnapshotSource
-    ) -> None:
-        self._env = env
-        self._snapshot = snapshot
-        self._source = source
+    def __init__(self, store: LmdbObjectStore[_K, _V]) -> None:
+        self._store = store  # which without a reference would be closed
+        self._source = SnapshotSource(store._env)
 
     def enter(self) -> Snapshot[_K, _V]:
-        self._env.open_snapshot(self._source)
-        return self._snapshot
+        store = self._store
+        store._env.open_snapshot(self._source)
+        return Snapshot(store._path, store._codec, self._source)
 
     def leave(self, normally: bool) -> None:
         self._source.close()

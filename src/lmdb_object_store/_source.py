@@ -69,7 +69,7 @@ class Source(ABC):
         """Empty the chunks that iterators are at, once this is closed."""
         for pin in self.gate.pins():
             if isinstance(pin, Scan) and pin.source is self:
-                pin.release()
+                pin.stop()
 
     # Reads
 

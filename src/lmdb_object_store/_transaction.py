@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from threading import Lock, RLock, get_ident
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lmdb
@@ -80,11 +81,11 @@ class Block(Source):
         self.id = 0  # of the transaction
         # Of each `with` statement: what its keys had been before it changed them.
         self._levels = [level]
+        self.news: list[tuple[Any, ...]] = []  # to be logged after the end
         self._why = ""
+        self._process = os.getpid()
         # So it ends with its thread, if a generator has not ended it.
         self._thread_end: Any = weakref.ref(_life.token, lambda _: self.finish())
-        self._running = Lock()  # locked until the end, for others to wait on
-        self._running.acquire()
 
     # Its life
 
@@ -105,11 +106,6 @@ class Block(Source):
                 "writes wait for the end of the block, and reads don't."
             )
 
-    def wait(self) -> None:
-        """Wait for the end of another thread's block."""
-        with self._running:
-            pass
-
     def nest(self, level: Batch) -> None:
         """Begin a nested ``with`` statement."""
         self._levels.append(level)
@@ -126,31 +122,39 @@ class Block(Source):
                     "A transaction block ends in another thread than it began in. "
                     "Nothing of it is written."
                 )
-        elif level is not self._levels[0]:
-            self._leave_nested(level, normally)
-        elif normally:
-            try:
-                self.env.as_writer(self.env.commit_block, self)
-            finally:
-                self.finish()
-        else:
+        elif not normally and level is self._levels[0]:
             self.finish()
-
-    def _leave_nested(self, level: Batch, normally: bool) -> None:
-        while self._levels[-1] is not level:  # a generator's, which is suspended
-            self._undo(self._levels[-1])
-        if normally:
-            for key, raw in level.items():
-                self._levels[-2].setdefault(key, raw)
-            self._levels.pop()
         else:
-            self._undo(level)
+            while self._levels[-1] is not level:  # a generator's, which is suspended
+                self._undo()
+            if not normally:
+                self._undo()
+            elif len(self._levels) > 1:
+                self._merge()
+            else:
+                try:
+                    self.env.as_writer(self.env.commit_block, self)
+                finally:
+                    self.finish()
 
-    def _undo(self, level: Batch) -> None:
-        before = {key: raw for key, raw in self.buffer.items() if key not in level}
-        before.update((k, raw) for k, raw in level.items() if raw is not ABSENT)
-        self.buffer = before
+    def _undo(self) -> None:
+        """Undo what the innermost statement has changed."""
+        # Can be done again, if an interrupt comes before the end.
+        level = self._levels[-1]
+        for key in list(level):  # a signal handler's put can add to it
+            if level[key] is ABSENT:
+                self.buffer.pop(key, None)
+            else:
+                self.buffer[key] = level[key]
         self.settled += 1
+        self._levels.pop()
+
+    def _merge(self) -> None:
+        """Make what the innermost statement has changed the next one's."""
+        if len(self._levels) > 2:  # the outermost is undone without that
+            level, outer = self._levels[-1], self._levels[-2]
+            for key in list(level):
+                outer.setdefault(key, level[key])
         self._levels.pop()
 
     def finish(self) -> None:
@@ -158,8 +162,8 @@ class Block(Source):
 
         Doing it again does nothing, or what an interrupt has prevented.
         """
-        if not self._levels:
-            return
+        if not self._levels or os.getpid() != self._process:
+            return  # a child leaves it to `SharedEnvironment.disinherit`
         self.open = False
         self.closed = True
         try:
@@ -168,6 +172,7 @@ class Block(Source):
         finally:
             self.env.block_ended(self)
             self.end()
+        self.env.log_all(self.news)
 
     def end(self, why: str = "") -> None:
         """Do what is left to do when this is not the environment's block any more."""
@@ -175,7 +180,6 @@ class Block(Source):
         self.closed = True
         self.txn = self.task = self._thread_end = None
         self.end_scans()
-        self._let_go()
         self.buffer = {}
         self._levels = []
 
@@ -184,11 +188,6 @@ class Block(Source):
         self._why = ", as its `with` statement has ended in another thread"
         self.lost = self.closed = True
         self.end_scans()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._running.locked():
-            self._running.release()
 
     @property
     def gate(self) -> Gate:

@@ -24,7 +24,7 @@ from ._mapping import _K, _T, _V, StoreMapping, refuse_single
 from ._process import register
 from ._ranges import ALL
 from ._scope import manager
-from ._snapshot import Snapshot, SnapshotScope, SnapshotSource
+from ._snapshot import Snapshot, SnapshotScope
 from ._source import ABSENT
 from ._transaction import Block, BlockScope
 from ._views import StoreKeysView
@@ -568,9 +568,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         BusyError
             Called inside a transaction block, whose changes no snapshot can have.
         """
-        source = SnapshotSource(self._env)
-        snapshot: Snapshot[_K, _V] = Snapshot(self._path, self._codec, source)
-        return manager(SnapshotScope(self._env, snapshot, source))
+        return manager(SnapshotScope(self))
 
     # Flush and close
 
