@@ -535,7 +535,10 @@ class SharedEnvironment(Gate, Source):
         try:
             self._flush()
         finally:
-            self._hurried = False
+            try:  # as in Gate
+                self._hurried = False
+            finally:
+                pass
 
     def _flush(self, extra: Batch | None = None, pending: Batch | None = None) -> None:
         """Commit the buffer and `extra`, then empty the buffer.
@@ -643,7 +646,8 @@ class SharedEnvironment(Gate, Source):
             except (ConflictError, SnapshotOpenError):
                 raise
             except lmdb.MapFullError:
-                if not self._recycle():
+                # A reader that was killed keeps what has been freed since.
+                if not self.env.reader_check() and not self._recycle():
                     self._grow(batch, count)
             except lmdb.Error as error:
                 if getattr(error, "code", 0) in _DISK_CODES:
@@ -845,9 +849,12 @@ class SharedEnvironment(Gate, Source):
                         notice.start()
                 time.sleep(0.001)
         finally:
-            self.moving = False
-            if notice is not None:
-                notice.cancel()
+            try:  # as in Gate
+                self.moving = False
+                if notice is not None:
+                    notice.cancel()
+            finally:
+                pass
 
     def _tell_what_growth_awaits(self) -> None:
         # In a thread of its own, since a logging handler is user code.
@@ -1186,7 +1193,10 @@ class SharedEnvironment(Gate, Source):
                 self._await_block(check)
                 self.as_writer(self._finish)
             finally:
-                self.write_lock.release()
+                try:  # as in Gate
+                    self.write_lock.release()
+                finally:
+                    pass
         except Exception as error:
             if self.buffer or not isinstance(error, BusyError):
                 self._log_loss("Flush at exit", error)

@@ -59,12 +59,12 @@ class SnapshotSource(Pin, Source):
         # A snapshot that has large values gives views of them.
         self._views = self.env.gives_views(True)
         self.txn = begin(None, None, False, self._views)
-        self._get = self._get_views if self._views else self.txn.get
         self.env.pin(self)
+        self._get = self._get_views if self._views else self.txn.get
 
     @property
     def closed(self) -> bool:  # type: ignore[override]
-        return self.txn is None
+        return self._get is None
 
     @property
     def gate(self) -> Gate:
@@ -80,18 +80,20 @@ class SnapshotSource(Pin, Source):
     def close(self) -> None:
         """End it, without waiting. Doing it again does nothing.
 
-        Who is in the midst of using the transaction has it to the end.
+        Who is in the midst of using the transaction has it to the end. After an
+        interrupt it goes on where it was.
         """
-        txn = self.txn
-        self.release()
-        if txn is not None and get_ident() == self.thread:
-            self.env.in_gate(self._abort, txn, self.env.readers.get(self.thread))
+        self._get = None
+        self.end_scans()
+        if get_ident() == self.thread and not self.env.readers.get(self.thread):
+            self.env.in_gate(self._end_unused)
+        self.txn = None
 
-    def _abort(self, txn: lmdb.Transaction[Any], outer: bool | None) -> None:
-        # See `Pin.end`.
-        used = any(pin.txn is txn for pin in self.env.pins())  # by a large value, say
-        if self._lock_free and not outer and not used:
-            txn.abort()
+    def _end_unused(self) -> None:
+        txn = self.txn
+        used = (p.txn is txn for p in self.env.pins() if p is not self)
+        if self._lock_free and not any(used):  # by a large value, say
+            self.end()
 
     def detach(self) -> None:
         pass  # it can't
@@ -116,7 +118,7 @@ class SnapshotSource(Pin, Source):
 
     def _visit(self, action: Callable[..., _R], args: tuple[Any, ...]) -> _R:
         txn = self.txn
-        if txn is None:
+        if self.closed or txn is None:
             raise self.closed_error()
         return action(lambda *_: txn, *args)
 

@@ -29,8 +29,9 @@ _T = TypeVar("_T")
 def current_task() -> object:
     """Return the asyncio task that this thread is running, if any."""
     asyncio = sys.modules.get("asyncio")
-    # Unlike current_task, that is cheap where no loop runs.
-    if asyncio is None or asyncio._get_running_loop() is None:
+    # Cheap where no loop runs, unlike current_task. Absent while asyncio is imported.
+    running_loop = getattr(asyncio, "_get_running_loop", None)
+    if asyncio is None or running_loop is None or running_loop() is None:
         return None
     return asyncio.current_task()
 
@@ -170,8 +171,10 @@ class Block(Source):
             if self.txn is not None:
                 self.txn.abort()
         finally:
-            self.env.block_ended(self)
-            self.end()
+            try:  # as in Gate
+                self.env.block_ended(self)
+            finally:
+                self.end()
         self.env.log_all(self.news)
 
     def end(self, why: str = "") -> None:
