@@ -69,6 +69,8 @@ _RECYCLE_PAGES = 4
 """Pages that `_recycle` needs beside those on the way to a key."""
 _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
+_ATTEMPTS = 100
+"""How often `_swap_last` looks again at what others put meanwhile."""
 _BLOCK_SLICE = 0.005
 """Seconds after which a waiting writer looks again whether a block has ended."""
 _NOTICE = 1.0
@@ -429,6 +431,19 @@ class SharedEnvironment(Gate, Source):
             self._flush({key: None}, pending)
             return True
         return under(self.buffer_lock, self._swap_last, key, pending, len(key))
+
+    def _swap_last(self, key: bytes, pending: Batch, size: int) -> bool:
+        for _ in range(_ATTEMPTS):
+            if self.buffer == pending:  # as in `_swap`
+                self.buffer[key] = None
+                self.buffer_bytes += size
+                return True
+            now = dict(self.buffer)
+            for other, raw in now.items():
+                if other >= key and raw is not pending.get(other, ABSENT):
+                    return False
+            pending = now
+        return False
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         """Delete `keys` in one transaction; return how many existed."""
@@ -937,9 +952,9 @@ class SharedEnvironment(Gate, Source):
         block = self.block
         try:
             if block is not None and block.thread == get_ident():
-                if not block.lost:
+                block.tidy_up()
+                if not block.closed:
                     return self._as_writer(news, action, args)
-                block.finish()
             if self._pins and self._holds_snapshot():
                 return self._as_patient_writer(news, action, args)
             result: _R = under(
@@ -1039,9 +1054,10 @@ class SharedEnvironment(Gate, Source):
         block = self.block
         if block is None or block.thread != get_ident():
             return self
-        if block.lost:
-            block.finish()
         if not block.open:
+            return self
+        block.tidy_up()
+        if block.closed:
             return self
         block.check()
         return block

@@ -23,8 +23,6 @@ from .exceptions import ClosedError
 _R = TypeVar("_R")
 
 ABSENT: Any = object()
-_ATTEMPTS = 100
-"""How often `_swap_last` looks again at what others put meanwhile."""
 
 
 class Source(ABC):
@@ -203,19 +201,6 @@ class Source(ABC):
             self.buffer[key] = raw
             self.buffer_bytes += size
             return True
-        return False
-
-    def _swap_last(self, key: bytes, pending: Batch, size: int) -> bool:
-        for _ in range(_ATTEMPTS):
-            if self.buffer == pending:  # as in `_swap`
-                self.buffer[key] = None
-                self.buffer_bytes += size
-                return True
-            now = dict(self.buffer)
-            for other, raw in now.items():
-                if other >= key and raw is not pending.get(other, ABSENT):
-                    return False
-            pending = now
         return False
 
 

@@ -7,14 +7,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lmdb
 
-from ._gate import Gate, under
+from ._gate import Gate
 from ._ranges import KeyRange, Scan
-from ._reading import Batch
+from ._reading import LARGE, Batch
 from ._scope import Scope
 from ._source import ABSENT, Source
 from .exceptions import BusyError, ClosedError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _R = TypeVar("_R")
 _T = TypeVar("_T")
+
+_CHUNK_KEYS = 512
 
 
 def current_task() -> object:
@@ -83,6 +86,7 @@ class Block(Source):
         # Of each `with` statement: what its keys had been before it changed them.
         self._levels = [level]
         self.news: list[tuple[Any, ...]] = []  # to be logged after the end
+        self._forsaken: list[Batch] = []  # levels that other threads have left
         self._why = ""
         self._process = os.getpid()
         # So it ends with its thread, if a generator has not ended it.
@@ -113,21 +117,25 @@ class Block(Source):
 
     def leave(self, level: Batch, normally: bool) -> None:
         """End a ``with`` statement: commit if it is the outermost, or undo."""
-        if not any(level is other for other in self._levels):
-            if normally:
-                raise self.closed_error()
-        elif get_ident() != self.thread:
-            self._lose()
+        if get_ident() != self.thread:
+            self._forsaken.append(level)
+            if self._levels and level is self._levels[0]:
+                self._lose()
             if normally:
                 raise BusyError(
                     "A transaction block ends in another thread than it began in. "
                     "Nothing of it is written."
                 )
+            return
+        with suppress(ClosedError):
+            self.tidy_up()
+        if not any(level is other for other in self._levels):
+            if normally:
+                raise self.closed_error()
         elif not normally and level is self._levels[0]:
             self.finish()
         else:
-            while self._levels[-1] is not level:  # a generator's, which is suspended
-                self._undo()
+            self._undo_above(level)  # a generator's, which is suspended
             if not normally:
                 self._undo()
             elif len(self._levels) > 1:
@@ -137,6 +145,31 @@ class Block(Source):
                     self.env.as_writer(self.env.commit_block, self)
                 finally:
                     self.finish()
+
+    def tidy_up(self) -> None:
+        """Undo the statements that other threads have left. For its own thread.
+
+        Raises
+        ------
+        ClosedError
+            The block is lost, and the statement that is running with it.
+        """
+        if self.lost:
+            nested = len(self._levels) > 1
+            self.finish()
+            if nested:
+                raise self.closed_error()
+        while self._forsaken:
+            level = self._forsaken[-1]
+            if any(level is other for other in self._levels):
+                self._undo_above(level)
+                self._undo()
+            self._forsaken.pop()
+
+    def _undo_above(self, level: Batch) -> None:
+        """Undo the statements nested in that of `level`."""
+        while self._levels[-1] is not level:
+            self._undo()
 
     def _undo(self) -> None:
         """Undo what the innermost statement has changed."""
@@ -213,7 +246,16 @@ class Block(Source):
 
     def read(self, key: bytes, default: Any, probe: bool = False) -> Any:
         """Do what `SharedEnvironment.read` does."""
-        return self.env.read(key, default, probe)
+        # The block's own transaction shows the same, and need not be begun.
+        env = self.env
+        txn = self.txn
+        if txn is None or env.large_seen:
+            return env.read(key, default, probe)
+        raw: bytes | None = env.in_gate(txn.get, key)
+        if raw is None:
+            return default
+        env.large_seen = len(raw) >= LARGE
+        return probe or self.unpickle(key, raw, False)
 
     def flush_for_read(self) -> None:
         """Do nothing: a block is written when it ends."""
@@ -249,13 +291,7 @@ class Block(Source):
 
     def remove_last(self, key: bytes, expected: bytes, limits: tuple[int, int]) -> bool:
         """Do what `SharedEnvironment.remove_last` does."""
-        pending = dict(self.buffer)
-        if self.last_key() != key or not self._holds(
-            key, pending.get(key, ABSENT), expected
-        ):
-            return False
-        self._note((key,))
-        return under(self.buffer_lock, self._swap_last, key, pending, 0)
+        return self.last_key() == key and self.exchange(key, expected, None, limits)
 
     def write_many(self, batch: Batch) -> None:
         """Note many writes, all of them or none."""
@@ -264,7 +300,23 @@ class Block(Source):
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         """Delete `keys`; return how many existed."""
-        return self._delete([key for key in keys if self.look_up(key)[0] is not None])
+        wanted = list(keys)
+        found: list[bytes] = []
+        for start in range(0, len(wanted), _CHUNK_KEYS):
+            chunk = wanted[start : start + _CHUNK_KEYS]
+            found += self.visit(self._existing, chunk)
+        return self._delete(found)
+
+    def _existing(
+        self, begin: Callable[[], lmdb.Transaction[bytes]], keys: list[bytes]
+    ) -> list[bytes]:
+        stored = begin().cursor().set_key
+        changes = self.buffer
+        return [
+            key
+            for key in keys
+            if (changes[key] is not None if key in changes else stored(key))
+        ]
 
     def delete_range(self, keys: KeyRange) -> int:
         """Delete a key range; return how many existed."""

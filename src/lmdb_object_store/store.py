@@ -265,15 +265,16 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         if size > env.max_value:
             self._refuse_value(encoded, size)
         size += len(encoded)
-        count = len(env.buffer)
-        with env.buffer_lock:
-            # No call in here: a signal handler that comes now could flush, and
-            # wait for a thread that waits for this lock; or close the store.
-            total = env.buffer_bytes + size
-            if count < self._room and total < self._batch_bytes and env.may_buffer:
-                env.buffer[encoded] = raw
-                env.buffer_bytes = total
-                return
+        if env.may_buffer:
+            count = len(env.buffer)
+            with env.buffer_lock:
+                # No call in here: a signal handler that comes now could flush, and
+                # wait for a thread that waits for this lock; or close the store.
+                total = env.buffer_bytes + size
+                if count < self._room and total < self._batch_bytes and env.may_buffer:
+                    env.buffer[encoded] = raw
+                    env.buffer_bytes = total
+                    return
         env.write(encoded, raw, self._batch_size, self._batch_bytes)
 
     __setitem__ = put
