@@ -150,12 +150,7 @@ class Source(ABC):
         txn: Any
         txn, pending = under(self.buffer_lock, self.begin_with_pending, begin)
         try:
-            put = max((key for key in pending if pending[key] is not None), default=b"")
-            stored: bytes
-            for stored in txn.cursor().iterprev(True, False):
-                if pending.get(stored, ABSENT) is not None:
-                    return max(stored, put)
-            return put or None
+            return _last_key(txn, pending)
         finally:
             try:  # as in Gate
                 self.closed or txn.abort()  # see `Pin.end`; a forked child leaves it
@@ -202,6 +197,15 @@ class Source(ABC):
             self.buffer_bytes += size
             return True
         return False
+
+
+def _last_key(txn: Any, pending: Batch) -> bytes | None:
+    put = max((key for key in pending if pending[key] is not None), default=b"")
+    stored: bytes
+    for stored in txn.cursor().iterprev(True, False):
+        if pending.get(stored, ABSENT) is not None:
+            return max(stored, put)
+    return put or None
 
 
 def _pick(batch: Batch, keys: list[bytes]) -> Batch:
