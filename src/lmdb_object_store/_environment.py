@@ -11,6 +11,7 @@ Locks, in the order in which they may be taken together:
 - *gate* (see `_gate`): reads share it, who moves or unmaps the map has it alone.
 - *buffer lock*, a leaf: the write buffer and its byte count, for a few bytecodes.
   So a put waits for no commit.
+- *snapshot lock*, another leaf, of each snapshot that several threads use.
 
 A signal handler or a finalizer can run inside any of this, on the same thread.
 The locks are re-entrant, `as_writer` and `inside` tell such a call apart: it may
@@ -860,6 +861,7 @@ class SharedEnvironment(Gate, Source):
                 self.moving = True
                 if notice is None:
                     notice = threading.Timer(_NOTICE, self._tell_what_growth_awaits)
+                    notice.daemon = True
                     with suppress(RuntimeError):  # the interpreter is about to end
                         notice.start()
                 time.sleep(0.001)
