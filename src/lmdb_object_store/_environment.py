@@ -132,6 +132,7 @@ class SharedEnvironment(Gate, Source):
         self._recycled = -1  # the transaction that `_recycle` committed last
         self._read_flush_due = 0.0  # when a read may try again what failed
         self.closed = False
+        self._open_snapshots: set[SnapshotSource] = set()
         self._closed_text = "closed"  # when it is
         self._to_log: list[tuple[Any, ...]] = []  # to be logged without the lock
 
@@ -822,11 +823,7 @@ class SharedEnvironment(Gate, Source):
 
     def snapshots(self) -> list[SnapshotSource]:
         """Return the open snapshots."""
-        return [
-            pin
-            for pin in self.pins()
-            if isinstance(pin, SnapshotSource) and not pin.closed
-        ]
+        return list(self._open_snapshots)
 
     def _holds_snapshot(self) -> bool:
         """Whether this thread has opened one of the open snapshots."""
@@ -954,21 +951,23 @@ class SharedEnvironment(Gate, Source):
         block = self.block
         try:
             if block is not None and block.thread == get_ident():
-                block.tidy_up()
-                if not block.closed:
-                    return self._as_writer(news, action, args)
-            if self._pins and self._holds_snapshot():
+                if block.lost:
+                    block.finish_lost()
+                return self._as_writer(news, action, args)
+            if self._open_snapshots and self._holds_snapshot():
                 return self._as_patient_writer(news, action, args)
-            result: _R = under(
-                self.write_lock, self._as_next_writer, news, action, args
-            )
+            result: _R = under(self.write_lock, self._as_writer, news, action, args)
             return result
         finally:
-            block = self.block
-            if block is not None and block.thread == get_ident():
-                block.news += news
-            else:
-                self.log_all(news)
+            if news:
+                self._log_or_keep(news)
+
+    def _log_or_keep(self, news: list[tuple[Any, ...]]) -> None:
+        block = self.block
+        if block is not None and block.thread == get_ident():
+            block.news += news  # others wait for its end
+        else:
+            self.log_all(news)
 
     def log_all(self, news: list[tuple[Any, ...]]) -> None:
         """Log, while this thread holds nobody up: a logging handler is user code."""
@@ -991,7 +990,7 @@ class SharedEnvironment(Gate, Source):
             try:
                 if self.write_lock.acquire(timeout=_SLICE):
                     self._await_block(self._fail_if_moving)
-                    return self._as_next_writer(news, action, args)
+                    return self._as_writer(news, action, args)
             finally:
                 try:  # asking first would leave room for an interrupt
                     self.write_lock.release()
@@ -1003,34 +1002,26 @@ class SharedEnvironment(Gate, Source):
         if self.moving:
             raise self._snapshot_error()
 
-    def _await_block(self, check: Callable[[], None]) -> None:
+    def _await_block(self, check: Callable[[], None] | None = None) -> None:
         """Wait for the end of another thread's block, and `check` meanwhile.
 
         In slices, since no lock can say that a block has ended: it can be ended, or
         lost, by an interrupt or a finalizer in any thread.
         """
+        me = get_ident()
         began = time.monotonic()
-        while (block := self.block) is not None and not block.lost:
-            check()
-            waited = time.monotonic() - began
-            time.sleep(min(0.00005 + waited / 10, _BLOCK_SLICE))
-
-    def _as_next_writer(
-        self,
-        news: list[tuple[Any, ...]],
-        action: Callable[..., _R],
-        args: tuple[Any, ...],
-    ) -> _R:
-        if self.block is not None:
-            self._await_block(lambda: None)
-            if self.block is not None:
+        while (block := self.block) is not None and block.thread != me:
+            if block.lost:
                 raise BusyError(
                     f"A transaction block of {self.path!r} has been left in another "
                     "thread than the one that began it, which alone can end it: by "
                     "using the store again, or by ending itself. Nothing can be "
                     "written before that."
                 )
-        return self._as_writer(news, action, args)
+            if check is not None:
+                check()
+            waited = time.monotonic() - began
+            time.sleep(min(0.00005 + waited / 10, _BLOCK_SLICE))
 
     def _as_writer(
         self,
@@ -1038,6 +1029,8 @@ class SharedEnvironment(Gate, Source):
         action: Callable[..., _R],
         args: tuple[Any, ...],
     ) -> _R:
+        if self.block is not None:
+            self._await_block()
         self.writer = get_ident()
         try:
             return action(*args)
@@ -1058,8 +1051,8 @@ class SharedEnvironment(Gate, Source):
             return self
         if not block.open:
             return self
-        block.tidy_up()
-        if block.closed:
+        if block.lost:
+            block.finish_lost()
             return self
         block.check()
         return block
@@ -1101,8 +1094,8 @@ class SharedEnvironment(Gate, Source):
         """Let others write."""
         with self.buffer_lock:
             if self.block is block:
-                self.block = None
-                self.may_buffer = not (self.readonly or self.closing or self.exiting)
+                may_buffer = not (self.readonly or self.closing or self.exiting)
+                self.may_buffer, self.block = may_buffer, None
 
     def open_snapshot(self, snapshot: SnapshotSource) -> None:
         """Open a snapshot, which has what is pending, too."""
@@ -1111,9 +1104,14 @@ class SharedEnvironment(Gate, Source):
                 f"snapshot() was called inside a transaction block of {self.path!r}, "
                 "whose changes no snapshot can have; take it before or after."
             )
+        if not self._options.get("lock", True):
+            raise ValueError(
+                f"snapshot() needs LMDB's locks, and {self.path!r} was opened with "
+                "lock=False: other processes would write over what it shows."
+            )
         if self.buffer or (self.moving and not self._holds_snapshot()):
             self.as_writer(self._flush)
-        self.visit(snapshot.begin)
+        self.visit(snapshot.begin, self._open_snapshots)
 
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""
@@ -1239,6 +1237,8 @@ class SharedEnvironment(Gate, Source):
         )
         for pin in self.pins():
             pin.release()
+        for snapshot in self.snapshots():
+            snapshot.release()
         if block is not None:
             self.block = None
             block.end(", as it belongs to the parent process")

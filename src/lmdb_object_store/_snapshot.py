@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import lmdb
 
-from ._gate import Gate, Pin, under
+from ._gate import Gate, under
 from ._mapping import _K, _T, _V, StoreMapping
 from ._reading import LARGE, Batch, LargeValue, load, unpickle_error
 from ._scope import Scope
@@ -27,18 +27,19 @@ _R = TypeVar("_R")
 _CHUNK_KEYS = 64
 
 
-class SnapshotSource(Pin, Source):
+class SnapshotSource(Source):
     """A read transaction that stays open.
 
-    Unlike other pins it can't be detached: who wants to move the map waits until
-    it is closed, who closes the environment releases it.
+    It is no pin, as it can't be detached: who wants to move the map waits until it
+    is closed, who closes the environment releases it.
     """
 
     lasting = True
 
     def __init__(self, env: SharedEnvironment) -> None:
-        super().__init__()
         self.env = env
+        self.txn: lmdb.Transaction[Any] | None = None
+        self._open: set[SnapshotSource] = set()  # where it is found while it is open
         # LMDB's transactions are for one thread at a time. Taken in the gate, and
         # a leaf like the buffer lock, for which it stands in.
         self.buffer_lock = RLock()
@@ -52,14 +53,19 @@ class SnapshotSource(Pin, Source):
         self._views = False
         self._get: Callable[[bytes], Any] | None = None  # unless it is open
 
-    def begin(self, begin: Callable[..., lmdb.Transaction[Any]]) -> None:
-        """Open it. Call it in the gate."""
+    def begin(
+        self,
+        begin: Callable[..., lmdb.Transaction[Any]],
+        open_ones: set[SnapshotSource],
+    ) -> None:
+        """Open it, and enter it among the open ones. Call it in the gate."""
         if self.env.closing:
             raise self.env.closed_error()
         # A snapshot that has large values gives views of them.
         self._views = self.env.gives_views(True)
         self.txn = begin(None, None, False, self._views)
-        self.env.pin(self)
+        self._open = open_ones
+        self._open.add(self)
         self._get = self._get_views if self._views else self.txn.get
 
     @property
@@ -84,6 +90,7 @@ class SnapshotSource(Pin, Source):
         interrupt it goes on where it was.
         """
         self._get = None
+        self._open.discard(self)
         self.end_scans()
         if get_ident() == self.thread and not self.env.readers.get(self.thread):
             self.env.in_gate(self._end_unused)
@@ -91,14 +98,13 @@ class SnapshotSource(Pin, Source):
 
     def _end_unused(self) -> None:
         txn = self.txn
-        used = (p.txn is txn for p in self.env.pins() if p is not self)
-        if self._lock_free and not any(used):  # by a large value, say
-            self.end()
-
-    def detach(self) -> None:
-        pass  # it can't
+        used = any(pin.txn is txn for pin in self.env.pins())  # by a large value, say
+        if txn is not None and self._lock_free and not used:
+            txn.abort()  # see `Pin.end`
 
     def release(self) -> None:
+        """Forget the transaction, which ends with the environment."""
+        self._open.discard(self)
         self.txn = None
         self._get = None
         self.buffer_lock = RLock()  # in a forked child nobody may release the other

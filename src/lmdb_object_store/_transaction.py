@@ -7,7 +7,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,7 +85,6 @@ class Block(Source):
         # Of each `with` statement: what its keys had been before it changed them.
         self._levels = [level]
         self.news: list[tuple[Any, ...]] = []  # to be logged after the end
-        self._forsaken: list[Batch] = []  # levels that other threads have left
         self._why = ""
         self._process = os.getpid()
         # So it ends with its thread, if a generator has not ended it.
@@ -117,59 +115,45 @@ class Block(Source):
 
     def leave(self, level: Batch, normally: bool) -> None:
         """End a ``with`` statement: commit if it is the outermost, or undo."""
-        if get_ident() != self.thread:
-            self._forsaken.append(level)
-            if self._levels and level is self._levels[0]:
-                self._lose()
-            if normally:
-                raise BusyError(
-                    "A transaction block ends in another thread than it began in. "
-                    "Nothing of it is written."
-                )
-            return
-        with suppress(ClosedError):
-            self.tidy_up()
-        if not any(level is other for other in self._levels):
+        levels = self._levels
+        if not any(level is other for other in levels):
             if normally:
                 raise self.closed_error()
-        elif not normally and level is self._levels[0]:
+        elif get_ident() != self.thread:
+            self._lose()
+            if normally:
+                raise self.closed_error()
+        elif normally and level is not levels[-1] and not self.lost:
+            self.finish()
+            raise BusyError(
+                "A transaction block has ended before one that is nested in it, of a "
+                "suspended generator perhaps. Nothing of both is written."
+            )
+        elif normally and len(levels) > 1 and not self.lost:
+            self._merge()
+        elif normally:
+            try:
+                self.env.as_writer(self.env.commit_block, self)
+            finally:
+                self.finish()
+        elif level is levels[0]:
             self.finish()
         else:
-            self._undo_above(level)  # a generator's, which is suspended
-            if not normally:
+            while any(level is other for other in levels):
                 self._undo()
-            elif len(self._levels) > 1:
-                self._merge()
-            else:
-                try:
-                    self.env.as_writer(self.env.commit_block, self)
-                finally:
-                    self.finish()
 
-    def tidy_up(self) -> None:
-        """Undo the statements that other threads have left. For its own thread.
+    def finish_lost(self) -> None:
+        """End what another thread has lost. For its own thread.
 
         Raises
         ------
         ClosedError
-            The block is lost, and the statement that is running with it.
+            A nested statement is still running.
         """
-        if self.lost:
-            nested = len(self._levels) > 1
-            self.finish()
-            if nested:
-                raise self.closed_error()
-        while self._forsaken:
-            level = self._forsaken[-1]
-            if any(level is other for other in self._levels):
-                self._undo_above(level)
-                self._undo()
-            self._forsaken.pop()
-
-    def _undo_above(self, level: Batch) -> None:
-        """Undo the statements nested in that of `level`."""
-        while self._levels[-1] is not level:
-            self._undo()
+        nested = len(self._levels) > 1
+        self.finish()
+        if nested:
+            raise self.closed_error()
 
     def _undo(self) -> None:
         """Undo what the innermost statement has changed."""
@@ -206,8 +190,9 @@ class Block(Source):
         finally:
             try:  # as in Gate
                 self.env.block_ended(self)
+                self.end()  # after that: it keeps `finish` from being done again
             finally:
-                self.end()
+                pass
         self.env.log_all(self.news)
 
     def end(self, why: str = "") -> None:
@@ -254,7 +239,8 @@ class Block(Source):
         raw: bytes | None = env.in_gate(txn.get, key)
         if raw is None:
             return default
-        env.large_seen = len(raw) >= LARGE
+        if len(raw) >= LARGE:
+            env.large_seen = True
         return probe or self.unpickle(key, raw, False)
 
     def flush_for_read(self) -> None:

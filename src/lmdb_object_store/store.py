@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from enum import Enum
+from itertools import chain
 from pickle import HIGHEST_PROTOCOL, dumps
 from types import (
     BuiltinFunctionType,
@@ -384,7 +385,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                     raise self._key_error(key)
                 return default
             value = env.unpickle(encoded, raw, buffered)
-            if self._exchange(encoded, raw, None):
+            if env.as_writer(env.exchange, encoded, raw, None, self._limits()):
                 return value
 
     def popitem(self) -> tuple[_K, _V]:
@@ -566,6 +567,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             What is pending could not be flushed.
         ClosedError
             The store is closed.
+        ValueError
+            The store was opened with ``lock=False``.
         BusyError
             Called inside a transaction block, whose changes no snapshot can have.
         """
@@ -772,8 +775,11 @@ def _is_immutable(value: object) -> bool:
     frozen = getattr(kind, "__dataclass_params__", None)
     if isinstance(value, Enum) or (frozen is not None and frozen.frozen):
         return True
-    by_value = kind.__hash__ not in (object.__hash__, None)
-    return by_value and not hasattr(value, "__dict__")
+    if kind.__hash__ in (object.__hash__, None) or hasattr(value, "__dict__"):
+        return False
+    slots = chain.from_iterable(vars(base).get("__slots__", ()) for base in kind.mro())
+    can_set = kind.__setattr__ is object.__setattr__
+    return not (can_set and any(not name.startswith("_") for name in slots))
 
 
 def _note_key(error: Exception, key: bytes) -> None:
