@@ -75,7 +75,7 @@ _ATTEMPTS = 100
 _BLOCK_SLICE = 0.005
 """Seconds after which a waiting writer looks again whether a block has ended."""
 _NOTICE = 1.0
-"""Seconds after which growth tells that it waits for snapshots."""
+"""Seconds after which who waits for a block or a snapshot tells so."""
 _READ_FLUSH_PAUSE = 1.0
 """Seconds for which reads leave a buffer alone that they could not flush."""
 _EXIT_PATIENCE = 5.0
@@ -809,8 +809,8 @@ class SharedEnvironment(Gate, Source):
             ) from error
 
     def _set_map_size(self, size: int) -> bool:
-        if self.snapshots():
-            return False  # opened since then
+        if self._open_snapshots:
+            return False  # since a moment
         try:
             self.env.set_mapsize(size)
         except lmdb.Error:
@@ -845,9 +845,10 @@ class SharedEnvironment(Gate, Source):
 
     def _await_snapshots(self) -> None:
         """Wait until the map may move, and let reads go on meanwhile."""
-        notice = None
+        began = time.monotonic()
+        told = False
         try:
-            while self.snapshots():
+            while self._open_snapshots:
                 if self.closing or self.exiting:  # they end now, or in a moment
                     for snapshot in self.snapshots():
                         snapshot.close()
@@ -856,29 +857,25 @@ class SharedEnvironment(Gate, Source):
                 if hopeless or self._has_waited_long():
                     raise self._snapshot_error()
                 self.moving = True
-                if notice is None:
-                    notice = threading.Timer(_NOTICE, self._tell_what_growth_awaits)
-                    notice.daemon = True
-                    with suppress(RuntimeError):  # the interpreter is about to end
-                        notice.start()
+                if not told and time.monotonic() >= began + _NOTICE:
+                    told = True
+                    for snapshot in self.snapshots():
+                        self._tell("growth waits for a snapshot", snapshot)
                 time.sleep(0.001)
         finally:
             try:  # as in Gate
                 self.moving = False
-                if notice is not None:
-                    notice.cancel()
             finally:
                 pass
 
-    def _tell_what_growth_awaits(self) -> None:
-        # In a thread of its own, since a logging handler is user code.
-        for snapshot in self.snapshots():
-            log.warning(
-                "%s: growth waits for a snapshot that thread %d opened %.1f s ago",
-                self.path,
-                snapshot.thread,
-                time.monotonic() - snapshot.opened,
-            )
+    def _tell(self, what: str, awaited: Block | SnapshotSource) -> None:
+        """Log what is being waited for, in another thread: a handler is user code."""
+        seconds = time.monotonic() - awaited.opened
+        message = f"{self.path}: {what} that thread {awaited.thread} opened {seconds:.1f} s ago"
+        with suppress(RuntimeError):  # the interpreter is about to end
+            threading.Thread(
+                target=log.warning, args=("%s", message), daemon=True
+            ).start()
 
     def _snapshot_error(self) -> SnapshotOpenError:
         whose = "one of them by this thread" if self._holds_snapshot() else "for long"
@@ -1010,6 +1007,7 @@ class SharedEnvironment(Gate, Source):
         """
         me = get_ident()
         began = time.monotonic()
+        told = False
         while (block := self.block) is not None and block.thread != me:
             if block.lost:
                 raise BusyError(
@@ -1021,6 +1019,9 @@ class SharedEnvironment(Gate, Source):
             if check is not None:
                 check()
             waited = time.monotonic() - began
+            if not told and waited >= _NOTICE:
+                told = True
+                self._tell("a write waits for a transaction block", block)
             time.sleep(min(0.00005 + waited / 10, _BLOCK_SLICE))
 
     def _as_writer(

@@ -148,9 +148,10 @@ class Scan(Pin):
             # Close ends iterators thus: it sets `closed`, then empties what they
             # are at. Either that comes after this, or the check does after that.
             self._rows = rows
+            done = not rows and not self._more  # before it can be emptied
             if source.closed:
                 raise source.closed_error()
-            if not rows and not self._more:
+            if done:
                 return
             yield rows
 

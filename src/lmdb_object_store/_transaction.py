@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from threading import RLock, get_ident
@@ -80,6 +81,7 @@ class Block(Source):
         self.lost = False  # by another thread, which can't end the transaction
         self.thread = get_ident()
         self.task = current_task()
+        self.opened = time.monotonic()
         self.txn: lmdb.Transaction[Any] | None = None  # until it is used
         self.id = 0  # of the transaction
         # Of each `with` statement: what its keys had been before it changed them.

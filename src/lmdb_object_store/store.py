@@ -484,8 +484,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         it normally commits everything, durably; an exception undoes everything and
         goes on. What is pending before is flushed first and stays.
 
-        The block belongs to its thread, and to its asyncio task. Other threads read
-        the state before, and wait if they write. Blocks nest: an inner one joins the
+        The block belongs to its thread, where it begins, runs and ends, and to its
+        asyncio task. Other threads read the state before, and wait if they write. Blocks nest: an inner one joins the
         outer, and an exception that the outer one catches undoes the inner only.
         Iterators that begin inside end with the block.
 
