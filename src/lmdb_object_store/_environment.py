@@ -870,12 +870,12 @@ class SharedEnvironment(Gate, Source):
 
     def _tell(self, what: str, awaited: Block | SnapshotSource) -> None:
         """Log what is being waited for, in another thread: a handler is user code."""
-        seconds = time.monotonic() - awaited.opened
-        message = f"{self.path}: {what} that thread {awaited.thread} opened {seconds:.1f} s ago"
+        news = (
+            "%s: %s that thread %d opened %.1f s ago",
+            *(self.path, what, awaited.thread, time.monotonic() - awaited.opened),
+        )
         with suppress(RuntimeError):  # the interpreter is about to end
-            threading.Thread(
-                target=log.warning, args=("%s", message), daemon=True
-            ).start()
+            threading.Thread(target=log.warning, args=news, daemon=True).start()
 
     def _snapshot_error(self) -> SnapshotOpenError:
         whose = "one of them by this thread" if self._holds_snapshot() else "for long"

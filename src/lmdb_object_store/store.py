@@ -485,9 +485,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         goes on. What is pending before is flushed first and stays.
 
         The block belongs to its thread, where it begins, runs and ends, and to its
-        asyncio task. Other threads read the state before, and wait if they write. Blocks nest: an inner one joins the
-        outer, and an exception that the outer one catches undoes the inner only.
-        Iterators that begin inside end with the block.
+        asyncio task. Other threads read the state before, and wait if they write.
+        Blocks nest: an inner one joins the outer, and an exception that the outer
+        one catches undoes the inner only. Iterators that begin inside end with the
+        block.
 
         The changes are held in memory until the end. If the map is too full for
         them it grows then, for which LMDB has to let other processes write.
