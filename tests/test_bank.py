@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,19 +25,10 @@ ACCOUNTS = [f"account {number:02}" for number in range(100)]
 BALANCE = 1_000
 THREADS = 2  # of each process
 TRANSFERS = 200  # of each thread
-STEP = 2**20  # by which the map grows: again and again
 FOREVER = 10**9
-ROUNDS = 12
-
-
-def open_bank(path, lib_version):
-    return LmdbObjectStore(
-        path,
-        key_encoding="utf-8",
-        map_size=STEP,
-        max_map_size=STEP,
-        lib_version=lib_version,
-    )
+KILLS = 12
+STEP = 2**20  # by which the map grows, again and again
+OPTIONS = {"key_encoding": "utf-8", "map_size": STEP, "max_map_size": STEP}
 
 
 # What a process does
@@ -68,32 +60,33 @@ def transfer_beside_snapshot(store, teller, chance):
         check_total(snapshot)
         number = transfer(store, teller, chance)
         check_total(snapshot)
+    tell("snapshot")
     return number
+
+
+def tell(event):
+    print(f"{event}\n", end="", flush=True)  # in one piece
 
 
 def work(store, transfers, teller):
     chance = random.Random(teller)
     number = -1
     while number < transfers - 1:
+        action = transfer if chance.random() < 0.8 else transfer_beside_snapshot
         try:
-            if chance.random() < 0.2:
-                number = transfer_beside_snapshot(store, teller, chance)
-                events = ["snapshot"]
-            else:
-                number = transfer(store, teller, chance)
-                events = []
+            number = action(store, teller, chance)
         except (ConflictError, SnapshotOpenError) as error:
-            events = [type(error).__name__]
+            tell(type(error).__name__)
         except GrowthError:
             store.max_map_size = store.env.info()["map_size"] + STEP
-            events = ["growth"]
+            tell("growth")
         else:
-            events += [f"{teller}={number}"]
-        print("".join(f"{event}\n" for event in events), end="", flush=True)
+            tell(f"{teller}={number}")
 
 
 def main(path, lib_version, transfers, *tellers):
-    with open_bank(path, int(lib_version)) as store, ThreadPoolExecutor() as pool:
+    store = LmdbObjectStore(path, lib_version=int(lib_version), **OPTIONS)
+    with store, ThreadPoolExecutor() as pool:
         list(pool.map(partial(work, store, int(transfers)), tellers))
 
 
@@ -115,6 +108,8 @@ class Branch:
         self._process = subprocess.Popen(
             list(map(str, self._command)), stdout=subprocess.PIPE, text=True
         )
+        self._watchdog = threading.Timer(TIMEOUT, self._process.kill)
+        self._watchdog.start()
 
     def follow(self, count):
         for _ in range(count):
@@ -124,12 +119,17 @@ class Branch:
 
     def kill(self):
         self._process.kill()
-        self._note(self._process.stdout.read())
-        self._process.communicate()
+        self._end()
 
     def finish(self):
-        self._note(self._process.communicate(timeout=TIMEOUT)[0])
+        self._end()
         assert self._process.returncode == 0
+
+    def _end(self):
+        if not self._process.stdout.closed:
+            with self._process as process:
+                self._note(process.stdout.read())
+            self._watchdog.cancel()
 
     def _note(self, lines):
         self.events.update(re.findall(r"^(\w+)\n", lines, re.MULTILINE))
@@ -155,18 +155,32 @@ def audit(store):
 
 
 @pytest.fixture
-def bank(tmp_path, lib_version):
-    with open_bank(tmp_path / "db", lib_version) as store:
-        store.put_many(dict.fromkeys(ACCOUNTS, BALANCE))
-        yield store
+def bank(open_store, lib_version):
+    store = open_store(lib_version=lib_version, **OPTIONS)
+    store.put_many(dict.fromkeys(ACCOUNTS, BALANCE))
+    return store
+
+
+@pytest.fixture
+def open_branch(bank, lib_version):
+    branches = []
+
+    def open_branch(*arguments):
+        branches.append(Branch(bank.db_path, lib_version, *arguments))
+        return branches[-1]
+
+    yield open_branch
+    for branch in branches:
+        branch.kill()
+    print(sum((branch.events for branch in branches), Counter()))  # for pytest -rP
 
 
 @ENGINES
-def test_transfers_by_threads_of_several_processes(bank, lib_version):
-    open_branch = partial(Branch, bank.db_path, lib_version)
+def test_transfers_by_threads_of_several_processes(bank, open_branch, lib_version):
     branches = [open_branch(name) for name in ("first", "second", "third")]
     for branch in branches:
         branch.finish()
+        assert branch.events["snapshot"]
     tellers = [teller for branch in branches for teller in branch.tellers]
     assert audit(bank) == dict.fromkeys(tellers, TRANSFERS)
     assert bank.env.info()["map_size"] >= 4 * STEP
@@ -174,12 +188,11 @@ def test_transfers_by_threads_of_several_processes(bank, lib_version):
 
 
 @ENGINES
-def test_transfers_while_processes_are_killed(bank, lib_version):
+def test_transfers_while_processes_are_killed(bank, open_branch, lib_version):
     chance = random.Random(lib_version)
-    open_branch = partial(Branch, bank.db_path, lib_version)
     survivors = [open_branch(name) for name in ("first", "second")]
     victims = [open_branch(name, FOREVER) for name in ("third", "fourth")]
-    for _ in range(ROUNDS):
+    for _ in range(KILLS):
         victim = chance.choice(victims)
         victim.follow(chance.randint(1, 40))
         audit(bank)  # meanwhile it goes on

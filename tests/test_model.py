@@ -77,7 +77,7 @@ ranges = st.fixed_dictionaries(
     {}, optional={"prefix": bounds, "start": bounds, "stop": bounds}
 )
 kinds = st.sampled_from(["keys", "values", "items"])
-sources = st.integers(0, 4)  # an open snapshot, or the store, as 3 and 4 always are
+sources = st.integers(0, 3)  # an open snapshot or the store
 
 
 def values_of(sizes):
@@ -105,10 +105,12 @@ items = st.one_of(
     st.lists(st.tuples(keys, values), max_size=8),
     fillings,
 )
+lengths = st.integers(0, 12)  # of transaction blocks, in steps
 iterators = st.tuples(
-    kinds, st.one_of(st.just({}), ranges), st.booleans(), st.integers(0, 5)
+    sources, kinds, st.one_of(st.just({}), ranges), st.booleans(), st.integers(0, 5)
 )
-failures = st.sampled_from([ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
+endings = st.sampled_from([None, ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
+blocks = st.tuples(fillings, lengths, endings)
 
 
 class Unpicklable:
@@ -237,14 +239,24 @@ class StoreAsDict(RuleBasedStateMachine):
         batch_bytes=st.sampled_from([3_000, 2**20, 2**26]),
         autoflush=st.booleans(),
         pages=st.sampled_from([None, 64, 256]),
-        early=st.booleans(),
-        levels=st.integers(0, 2),
+        snapshot_before=st.sets(st.sampled_from(["stored", "blocks"])),
         stored=st.one_of(items, fillings),
         pending=fillings,
+        blocks=st.one_of(
+            st.lists(blocks, max_size=1), st.tuples(blocks, blocks, blocks)
+        ),
         iterators=st.lists(iterators, min_size=1, max_size=3),
     )
     def begin(
-        self, early, stored, levels, pending, iterators, pages, autoflush, **options
+        self,
+        snapshot_before,
+        stored,
+        pending,
+        blocks,
+        iterators,
+        pages,
+        autoflush,
+        **options,
     ):
         self.options = {
             **options,
@@ -255,12 +267,15 @@ class StoreAsDict(RuleBasedStateMachine):
             "sync": False,
         }
         self.open()
-        if early:
+        if "stored" in snapshot_before:
             self.open_snapshot()
         self.put_many(stored)
-        for _ in range(levels):
-            self.begin_block()
         self.update(pending, {})
+        if "blocks" in snapshot_before:
+            self.open_snapshot()
+        for filling, length, ending in blocks:
+            self.begin_block(length, ending)
+            self.update(filling, {})
         for iterator in iterators:
             self.open_iterator(iterator)
 
@@ -282,7 +297,7 @@ class StoreAsDict(RuleBasedStateMachine):
                     if self.stored() == self.model:
                         break
                     self.model[encoded(key)] = value
-                self.nothing_changed()
+                self.check_all()
                 self.make_room(error)
 
     def without_snapshots(self, action, *args):
@@ -290,21 +305,20 @@ class StoreAsDict(RuleBasedStateMachine):
         try:
             return action(*args)
         except lmdb.MapFullError:
-            self.nothing_changed()
+            self.check_all()
             assert self.snapshots
             self.close_snapshots()
         return action(*args)
 
-    def nothing_changed(self):
+    def check_all(self):
         self.agrees()
         self.go_on()
 
     def make_room(self, error):
-        of_snapshot = isinstance(error, SnapshotOpenError)
         if self.snapshots:
             self.close_snapshots()
         else:
-            assert not of_snapshot
+            assert not isinstance(error, SnapshotOpenError)
             assert self.store.max_map_size < 2**30
             self.options["max_map_size"] += self.store.max_map_size // 2
             self.store.max_map_size = self.options["max_map_size"]
@@ -408,7 +422,7 @@ class StoreAsDict(RuleBasedStateMachine):
         key=keys,
         default=st.sampled_from([(), (None,), ([],), ([1, 2],)]),
         number=st.integers(),
-        error=st.one_of(st.none(), failures),
+        error=endings,
     )
     def edit(self, key, default, number, error):
         def append():
@@ -439,9 +453,9 @@ class StoreAsDict(RuleBasedStateMachine):
 
     def source(self, which):
         """Return a snapshot or the store, and what it must show."""
-        if which < len(self.snapshots):
-            return self.snapshots[which].yielded, self.snapshots[which].model
-        return self.store, self.model
+        sources = [(opened.yielded, opened.model) for opened in self.snapshots]
+        sources += [(self.store, self.model)]
+        return sources[which % len(sources)]
 
     @rule(which=sources, key=keys, flush=st.sampled_from([None, False]))
     def get(self, which, key, flush):
@@ -549,17 +563,16 @@ class StoreAsDict(RuleBasedStateMachine):
 
     # Iterators, which other rules come between
 
-    @rule(which=sources, iterator=iterators)
-    def open_iterator(self, iterator, which=3):
-        kind, bounds, is_reversed, pace = iterator
+    @rule(iterator=iterators)
+    def open_iterator(self, iterator):
+        which, kind, bounds, is_reversed, pace = iterator
         source, model = self.source(which)
         view = getattr(source, kind)(**bounds)
         pending = dict(self.store.write_buffer)
-        origins = self.snapshots[which : which + 1] or self.blocks
+        opened = [*self.snapshots, *self.blocks]
+        origin = next((each for each in opened if each.yielded is source), None)
         holds = partial(in_range, **bounds)
-        walk = Walk(
-            next(iter(origins), None), view, kind, is_reversed, model, holds, pace
-        )
+        walk = Walk(origin, view, kind, is_reversed, model, holds, pace)
         if source is not self.store or not self.store.autoflush_on_read:
             assert self.store.write_buffer == pending
         elif self.store.max_map_size is None and self.reads_flush:
@@ -596,33 +609,40 @@ class StoreAsDict(RuleBasedStateMachine):
         return self.blocks[0].model if self.blocks else self.model
 
     @precondition(lambda self: len(self.blocks) < 3)
-    @rule()
-    def begin_block(self):
+    @rule(length=lengths, ending=endings)
+    def begin_block(self, length, ending):
         block = self.with_room(lambda: Opened(self.store.transaction(), self.model))
         assert block.yielded is self.store
+        block.steps_left, block.ending = length, ending
         if not self.blocks:
             self.last_txn = self.store.env.info()["last_txnid"]
         self.blocks.append(block)
 
     @precondition(lambda self: self.blocks)
-    @rule()
-    def end_block(self):
+    @invariant()
+    def leave_block(self):
         block = self.blocks[-1]
+        block.steps_left -= 1
+        if block.steps_left < 0:
+            if block.ending:
+                self.fail_in_block(block.ending)
+            else:
+                self.end_block()
+            self.check_all()
+
+    def end_block(self):
+        block = self.blocks.pop()
         try:
             block.stack.close()
         except lmdb.MapFullError as error:
-            assert len(self.blocks) == 1
-            self.end_walks(block)
-            self.blocks.clear()
+            assert not self.blocks
             self.model = block.model
-            self.nothing_changed()
+            self.end_walks(block)
+            self.check_all()
             self.make_room(error)
         else:
-            self.blocks.pop()
             self.end_walks(block)
 
-    @precondition(lambda self: self.blocks)
-    @rule(error=failures)
     def fail_in_block(self, error):
         block = self.blocks.pop()
         with pytest.raises(error), block.stack:

@@ -22,7 +22,7 @@ from array import array
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, islice
 
 import pytest
 
@@ -276,26 +276,26 @@ EXCEPTIONS = pytest.mark.parametrize(
 
 
 @EACH_OPERATION
-def test_a_block_sees_its_own_changes_and_leaves_them(store, operation, after, result):
-    with store.transaction() as yielded:
-        assert yielded is store
-        assert operation(store) == result
-        assert_is(store, after)
-        assert on_disk(store) == START
-    assert on_disk(store) == after
-    assert_is(store, after)
+def test_an_operation_is_seen_inside_and_undone_or_committed(
+    store, operation, after, result
+):
+    def block():
+        with store.transaction() as yielded:
+            assert yielded is store
+            assert operation(store) == result
+            assert_is(store, after)
+            assert on_disk(store) == START
+            yield
 
-
-@EACH_OPERATION
-def test_an_exception_undoes_each_operation(store, operation, after, result):
-    with suppress(Abort), store.transaction():
-        operation(store)
-        raise Abort
+    generator = block()
+    next(generator)
+    with suppress(Abort):
+        generator.throw(Abort())
     assert_is(store, START)
     assert on_disk(store) == START
-    operation(store)
-    assert_is(store, after) if after == START else store.flush()
+    assert not list(block())[1:]
     assert on_disk(store) == after
+    assert_is(store, after)
 
 
 @EACH_OPERATION
@@ -332,14 +332,24 @@ def test_every_exception_undoes_a_block(store, exception):
 
 @EXCEPTIONS
 @pytest.mark.parametrize("begin", ["transaction", "edit"])
-def test_every_exception_undoes_a_nested_block(store, exception, begin):
-    with store.transaction():
-        store["a"] = 5
-        manager = store.transaction() if begin == "transaction" else store.edit("b")
-        with pytest.raises(exception):
-            change_and_raise(store, manager, exception)
+def test_an_exception_undoes_a_nested_block_or_a_generators_end_all(
+    store, exception, begin
+):
+    def block():
+        with store.transaction():
+            store["a"] = 5
+            manager = store.transaction() if begin == "transaction" else store.edit("b")
+            with pytest.raises(exception):
+                change_and_raise(store, manager, exception)
+            assert_is(store, {**START, "a": 5})
+
+    if exception is GeneratorExit:  # nobody can tell what the generator has written
+        with pytest.raises(ClosedError):
+            block()
+        assert_is(store, START)
+    else:
+        block()
         assert_is(store, {**START, "a": 5})
-    assert_is(store, {**START, "a": 5})
 
 
 @EXCEPTIONS
@@ -354,7 +364,7 @@ def test_an_operation_that_raises_does_not_undo_the_block(store):
         store["a"] = 5
         with pytest.raises(TypeError):
             store.put_many([("b", 6), (None, 7)])
-        with pytest.raises(Exception, match="pickle"):
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
             store["c"] = lambda: None
         assert_is(store, {**START, "a": 5})
     assert_is(store, {**START, "a": 5})
@@ -734,6 +744,7 @@ from lmdb_object_store import LmdbObjectStore
 store = LmdbObjectStore(
     sys.argv[1], key_encoding="utf-8", lib_version=int(sys.argv[2]), sync=False
 )
+block = store.transaction()
 def add(key, number):
     with store.transaction():
         store[key] = store.get(key, 0) + number
@@ -823,9 +834,7 @@ def test_another_process_waits_for_the_end_to_write(store, process, undone):
 
 
 def test_a_block_waits_for_the_block_of_another_process(store, process, in_thread):
-    process.ask(
-        "globals().update(block=store.transaction()) or block.__enter__() and 0"
-    )
+    process.ask("block.__enter__() and None")
     process.ask("store.put('a', 10)")
     writer = in_thread(lambda: add_one(store))
     writer.wait_until_in("_open_block")
@@ -945,15 +954,13 @@ def test_a_suspended_nested_block_ends_with_the_outer_one(store):
     assert store["a"] == 5
 
 
-def test_a_suspended_nested_block_is_undone_where_the_outer_one_ends(store):
+def test_a_block_that_ends_before_a_nested_one_raises_and_writes_nothing(store):
     kept = []
-    with store.transaction():
-        store["b"] = "outer"
+    with pytest.raises(BusyError, match="nested"), store.transaction():
         suspended(store, kept)
-        assert store["a"] == "generator"
-    assert_is(store, {**START, "b": "outer"})
+    assert_is(store, START)
     close_generator(kept)
-    assert_is(store, {**START, "b": "outer"})
+    assert_is(store, START)
 
 
 def test_a_block_around_a_suspended_one_takes_it_along(store):
@@ -1097,8 +1104,8 @@ def test_another_task_of_the_thread_is_refused_until_the_end(store, use):
     asyncio.run(main())
 
 
-@EACH_USE
-def test_a_callback_of_the_loop_is_refused_until_the_end(store, use):
+@pytest.mark.parametrize("name", ["get", "len", "put", "pop", "flush", "transaction"])
+def test_a_callback_of_the_loop_is_refused_until_the_end(store, name):
     async def main():
         loop = asyncio.get_running_loop()
 
@@ -1107,7 +1114,7 @@ def test_a_callback_of_the_loop_is_refused_until_the_end(store, use):
 
             def callback():
                 try:
-                    use(store)
+                    USES[name](store)
                 except Exception as error:
                     answered.set_result(error)
                 else:
@@ -1213,19 +1220,14 @@ def test_an_iterator_of_a_block_is_refused_in_another_task(store):
 
 
 def make_iterators(store):
-    return {
-        "iter": iter(store),
-        "reversed": reversed(store),
-        "keys": iter(store.keys("n")),
-        "values": iter(store.values("n")),
-        "items": iter(store.items("n")),
-        "reversed items": reversed(store.items("n")),
-    }
-
-
-ITERATORS = pytest.mark.parametrize(
-    "kind", ["iter", "reversed", "keys", "values", "items", "reversed items"]
-)
+    return [
+        iter(store),
+        reversed(store),
+        iter(store.keys("n")),
+        iter(store.values("n")),
+        iter(store.items("n")),
+        reversed(store.items("n")),
+    ]
 
 
 @pytest.fixture
@@ -1236,54 +1238,52 @@ def many(open_store):
     return store
 
 
-@ITERATORS
 @pytest.mark.parametrize("steps", [0, 1, 8, 100])
-def test_an_iterator_begun_outside_does_not_see_the_block(many, kind, steps):
-    expected = list(make_iterators(many)[kind])
-    iterator = make_iterators(many)[kind]
-    found = [next(iterator) for _ in range(steps)]
+def test_iterators_begun_outside_do_not_see_the_block(many, steps):
+    expected = list(map(list, make_iterators(many)))
+    iterators = make_iterators(many)
+    found = [list(islice(iterator, steps)) for iterator in iterators]
     with many.transaction():
         many.put_many({f"n{number:04}x": "block" for number in range(1000)})
         many.delete_many(f"n{number:04}" for number in range(0, 1000, 2))
-        found += [next(iterator) for _ in range(500)]
-    assert found == expected[: steps + 500]
+        for seen, iterator in zip(found, iterators, strict=True):
+            seen += islice(iterator, 500)
+    assert found == [entries[: steps + 500] for entries in expected]
 
 
-@ITERATORS
-def test_an_iterator_begun_outside_goes_on_after_the_block(many, kind):
-    iterator = make_iterators(many)[kind]
-    first = next(iterator)
+def test_iterators_begun_outside_go_on_after_the_block(many):
+    iterators = make_iterators(many)
+    first = list(map(next, iterators))
     with many.transaction():
         many["o"] = 0
         many.delete_many(f"n{number:04}" for number in range(0, 1000, 2))
-    rest = list(iterator)
-    fresh = list(make_iterators(many)[kind])
-    assert rest[-490:] == fresh[-490:]
-    assert first not in rest
+    rest = list(map(list, iterators))
+    fresh = list(map(list, make_iterators(many)))
+    assert [entries[-490:] for entries in rest] == [list_[-490:] for list_ in fresh]
+    assert not any(map(operator.contains, rest, first))
 
 
-@ITERATORS
 @pytest.mark.parametrize("steps", [0, 1, 100])
 @pytest.mark.parametrize("undone", [False, True], ids=["committed", "undone"])
-def test_an_iterator_begun_inside_ends_with_the_block(many, kind, steps, undone):
+def test_iterators_begun_inside_end_with_the_block(many, steps, undone):
     with suppress(Abort), many.transaction():
         many["n0000"] = 0
-        iterator = make_iterators(many)[kind]
-        for _ in range(steps):
-            next(iterator)
+        iterators = make_iterators(many)
+        for iterator in iterators:
+            assert len(list(islice(iterator, steps))) == steps
         if undone:
             raise Abort
-    with pytest.raises(ClosedError, match="closed"):
-        next(iterator)
+    for iterator in iterators:
+        with pytest.raises(ClosedError, match="closed"):
+            next(iterator)
     assert len(list(many)) == 1000
 
 
-@ITERATORS
-def test_an_iterator_begun_inside_is_refused_in_another_thread(many, in_thread, kind):
+def test_iterators_begun_inside_are_refused_in_another_thread(many, in_thread):
     with many.transaction():
-        iterator = make_iterators(many)[kind]
-        with pytest.raises(BusyError, match="another thread"):
-            in_thread(lambda: next(iterator)).result()
+        for iterator in make_iterators(many):
+            with pytest.raises(BusyError, match="another thread"):
+                in_thread(partial(next, iterator)).result()
         many["n0500"] = "block"
         assert many["n0500"] == "block"
     assert many["n0500"] == "block"
@@ -1333,7 +1333,7 @@ def test_a_block_ends_with_its_thread(store, in_thread):
     in_thread(lambda: suspended(store, kept)).result()
     in_thread(lambda: add_one(store)).result()
     assert_is(store, {**START, "a": 2})
-    with pytest.raises(ClosedError, match=r"transaction block .* is closed"):
+    with pytest.raises((BusyError, ClosedError)):
         next(kept[0])
     assert_is(store, {**START, "a": 2})
 
@@ -1433,7 +1433,7 @@ def test_a_block_left_in_another_thread(store, in_thread, leave, then):
 def test_leaving_normally_in_another_thread_raises(store, in_thread):
     owner = Owner(store)
     try:
-        with pytest.raises(BusyError, match="another thread"):
+        with pytest.raises(ClosedError, match="another thread"):
             next(owner.kept[0])
     finally:
         owner.do(lambda: None)
@@ -1585,41 +1585,27 @@ def test_a_child_forked_inside_leaves_the_block_to_the_parent(run, how, lib_vers
 
 
 OWN_STORE = """
+from lmdb_object_store import BusyError
+
 def inside():
-    own = open_store()
-    assert own["a"] == 1 and len(own) == 2
-    own.close(strict=True)
-    raise ZeroDivisionError
-def after(error):
-    assert isinstance(error, ZeroDivisionError), repr(error)
-    with open_store() as own:
-        assert own["a"] == 1 and len(own) == 2
+    try:
+        open_store()
+    except BusyError as error:
+        assert "forked" in str(error), error
+    else:
+        raise AssertionError
+    with LmdbObjectStore("other") as other:
+        with other.transaction():
+            other[b"a"] = 1
+        assert other[b"a"] == 1
+    sys.exit()
 """
 
 
 @needs_fork
 @ENGINES
-def test_a_child_forked_inside_opens_a_store_of_its_own(run, lib_version):
+def test_a_child_forked_inside_can_open_other_stores_only(run, lib_version):
     run(OWN_STORE + FORK, lib_version)
-
-
-@needs_fork
-def test_a_child_writes_after_the_block_of_its_parent(run):
-    script = """
-def inside():
-    os.close(begun)
-    own = open_store()
-    with own.transaction():
-        own["a"] += 1
-    own.close(strict=True)
-    os._exit(0)
-"""
-    script += FORK.replace(
-        "        pid = os.fork()\n        if pid:\n            wait_for(pid)",
-        "        ready, begun = os.pipe()\n        pid = os.fork()\n        if pid:\n"
-        "            os.close(begun)\n            assert os.read(ready, 1) == b''",
-    ).replace('assert store["a"] == 5 and', 'wait_for(pid)\nassert store["a"] == 6 and')
-    run(script, 0)
 
 
 # Context managers
@@ -1807,6 +1793,7 @@ def test_blocks_fill_a_capped_store_and_empty_it(open_store, lib_version, size):
                         store[b"%06d %d" % (block, number)] = bytes(size)
             except GrowthError:
                 return block
+        return None
 
     blocks = fill()
     assert len(store) == 5 * blocks > 0
@@ -1828,7 +1815,7 @@ def test_a_block_may_replace_all_at_the_cap(open_store, lib_version):
         lib_version=lib_version,
         sync=False,
     )
-    entries = 4 * SMALL_MAP // 1000
+    entries = 3 * SMALL_MAP // 1000
     for step in range(20):
         with store.transaction():
             store.clear()
@@ -1961,6 +1948,26 @@ def test_the_end_of_a_block_waits_for_a_snapshot(open_store, in_thread):
     assert store[b"a"] == bytes(MIB)
 
 
+def test_another_process_waits_while_the_end_of_a_block_does(store, in_thread, process):
+    process.ask("len(store)")
+
+    def grow():
+        with store.transaction():
+            store["large"] = bytes(11 * MIB)
+            store["a"] += 10
+
+    with store.snapshot():
+        growing = in_thread(grow)
+        growing.wait_until_in("_await_snapshots")
+        process.begin("add('a', 1)")
+        threading.Event().wait(0.2)  # if it didn't wait, that would be enough
+        assert store["a"] == 1
+    with suppress(ConflictError):
+        growing.result()
+    process.result()
+    assert store["a"] == (12 if "large" in store else 2)
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["another thread's", "its own"])
 def test_a_snapshot_that_stays_open_undoes_a_block_that_has_to_grow(
     open_store, in_thread, own
@@ -2057,21 +2064,20 @@ IMMUTABLE = [
 
 
 @pytest.mark.parametrize("value", IMMUTABLE, ids=lambda value: type(value).__name__)
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "default"])
-def test_an_immutable_value_cannot_be_edited(store, value, stored):
-    if stored:
-        store["key"] = value
+def test_an_immutable_value_cannot_be_edited(store, value):
+    store["key"] = value
     before = dict(store)
-    with (
-        pytest.raises(TypeError, match=r"key.*changed in place.*transaction\(\)"),
-        store.edit("key") if stored else store.edit("key", value),
-    ):
-        pytest.fail("the block ran")
+    for manager in store.edit("key"), store.edit("other", value):
+        with (
+            pytest.raises(TypeError, match=r"changed in place.*Use transaction\(\)"),
+            manager,
+        ):
+            pytest.fail("the block ran")
     assert_is(store, before)
 
 
-def test_an_exception_in_an_edit_of_an_immutable_value_names_the_type(store):
-    with pytest.raises(TypeError, match="type int"), store.edit("a"):
+def test_the_error_of_an_immutable_value_names_key_and_type(store):
+    with pytest.raises(TypeError, match=r"'a'.* type int"), store.edit("a"):
         pytest.fail("the block ran")
 
 
@@ -2110,19 +2116,16 @@ MUTABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("value", "change", "expected"), MUTABLE.values(), ids=MUTABLE.keys()
-)
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "default"])
-def test_a_mutable_value_is_edited(store, value, change, expected, stored):
+@pytest.mark.parametrize(("value", "change", "expected"), MUTABLE.values(), ids=MUTABLE)
+def test_a_mutable_value_is_edited(store, value, change, expected):
     before = pickle.dumps(value)
-    if stored:
-        store["key"] = value
-    with store.edit("key") if stored else store.edit("key", value) as edited:
-        change(edited)
-    assert store["key"] == expected
+    store["key"] = value
+    for manager in store.edit("key"), store.edit("other", value):
+        with manager as edited:
+            change(edited)
+    assert store["key"] == store["other"] == expected
     assert pickle.dumps(value) == before
-    assert set(on_disk(store)) == {*START, "key"}
+    assert set(on_disk(store)) == {*START, "key", "other"}
 
 
 @pytest.mark.parametrize("kind", [Plain, Slotted])
@@ -2179,7 +2182,10 @@ def test_a_value_that_cannot_be_unpickled_cannot_be_edited(store, pending):
 
 
 def test_a_default_that_cannot_be_pickled_raises(store):
-    with pytest.raises(Exception, match="pickle"), store.edit("new", [lambda: None]):
+    with (
+        pytest.raises((AttributeError, pickle.PicklingError), match="lambda"),
+        store.edit("new", [lambda: None]),
+    ):
         pytest.fail("the block ran")
     assert_is(store, START)
 
@@ -2191,7 +2197,7 @@ def spoil(store):
 
 
 def test_a_result_that_cannot_be_pickled_undoes_the_edit(store):
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         spoil(store)
     assert_is(store, START)
 
@@ -2199,7 +2205,7 @@ def test_a_result_that_cannot_be_pickled_undoes_the_edit(store):
 def test_a_result_that_cannot_be_pickled_undoes_a_nested_edit_only(store):
     with store.transaction():
         store["a"] = 5
-        with pytest.raises(Exception, match="pickle"):
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
             spoil(store)
         assert_is(store, {**START, "a": 5})
     assert_is(store, {**START, "a": 5})
@@ -2320,7 +2326,7 @@ store.close(strict=True)
 
 @pytest.mark.parametrize(
     ("how", "rounds"),
-    [("transaction", 500), ("edit", 50)],
+    [("transaction", 500), ("edit", 500)],
 )
 def test_threads_of_processes_count_together(tmp_path, open_store, how, rounds):
     processes = [

@@ -732,7 +732,13 @@ class SharedEnvironment(Gate, Source):
             puts = [(_spare_key(number), filler) for number in range(pages)]
             txn.cursor().putmulti(puts)
 
-        _transact(self._begin_writing, work_and_fill, commit=False)
+        begin = self._begin_writing
+        block = self.block
+        nests = not self._options.get("writemap")  # LMDB can't with it
+        if block is not None and block.committing and block.txn is not None and nests:
+            # Else LMDB's lock would be given up between the rehearsal and the work.
+            begin = partial(self._begin, None, block.txn, True)
+        _transact(begin, self._or_wait(work_and_fill), commit=False)
 
     def _needed(self, batch: Batch, count: int) -> int:
         """Estimate the map size that a write needs, rather above than below.
@@ -799,6 +805,10 @@ class SharedEnvironment(Gate, Source):
             moved = False
             while not moved:
                 self._await_snapshots()
+                block = self.block
+                if block is not None and block.committing and block.txn is not None:
+                    block.txn.abort()
+                    block.txn = None
                 moved = self.alone(self.growth_timeout, self._set_map_size, size)
         except (lmdb.Error, MemoryError) as error:
             if not size or isinstance(error, SnapshotOpenError):
@@ -853,7 +863,11 @@ class SharedEnvironment(Gate, Source):
                     for snapshot in self.snapshots():
                         snapshot.close()
                     break
-                hopeless = self._hurried or self._holds_snapshot()
+                hopeless = (
+                    self._hurried
+                    or self.barred is not None  # by this thread, and reads wait
+                    or self._holds_snapshot()
+                )
                 if hopeless or self._has_waited_long():
                     raise self._snapshot_error()
                 self.moving = True
@@ -939,18 +953,15 @@ class SharedEnvironment(Gate, Source):
             The writer waits for a snapshot that this thread has to close.
         """
         if self.inside():
-            raise BusyError(
-                "The store is in the middle of another operation on this thread: a "
-                "signal handler or finalizer can get, put and delete there, but not "
-                "flush, write many, grow or close."
-            )
+            raise self._busy_error()
         news: list[tuple[Any, ...]] = []
         block = self.block
         try:
             if block is not None and block.thread == get_ident():
                 if block.lost:
                     block.finish_lost()
-                return self._as_writer(news, action, args)
+                else:
+                    return self._as_writer(news, action, args)
             if self._open_snapshots and self._holds_snapshot():
                 return self._as_patient_writer(news, action, args)
             result: _R = under(self.write_lock, self._as_writer, news, action, args)
@@ -958,6 +969,13 @@ class SharedEnvironment(Gate, Source):
         finally:
             if news:
                 self._log_or_keep(news)
+
+    def _busy_error(self) -> BusyError:
+        return BusyError(
+            "The store is in the middle of another operation on this thread: a signal "
+            "handler or finalizer can get, put and delete there, but not flush, write "
+            "many, take snapshots, grow or close."
+        )
 
     def _log_or_keep(self, news: list[tuple[Any, ...]]) -> None:
         block = self.block
@@ -1090,6 +1108,8 @@ class SharedEnvironment(Gate, Source):
         block.open = False
         if block.buffer:
             self._commit(block.buffer)
+        elif block.txn is None:  # the environment was reopened
+            self._begin_writing().abort()
 
     def block_ended(self, block: Block) -> None:
         """Let others write."""
@@ -1105,6 +1125,8 @@ class SharedEnvironment(Gate, Source):
                 f"snapshot() was called inside a transaction block of {self.path!r}, "
                 "whose changes no snapshot can have; take it before or after."
             )
+        if self.inside():
+            raise self._busy_error()
         if not self._options.get("lock", True):
             raise ValueError(
                 f"snapshot() needs LMDB's locks, and {self.path!r} was opened with "
@@ -1204,20 +1226,25 @@ class SharedEnvironment(Gate, Source):
             block = self.block
             if block is not None and block.thread == get_ident():
                 block.finish()  # of a generator that nobody has closed, say
-            if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
-                check()
-            try:
-                self._await_block(check)
-                self.as_writer(self._finish)
-            finally:
-                try:  # as in Gate
-                    self.write_lock.release()
-                finally:
-                    pass
+            # Not for nothing, where a daemon thread's block will not end.
+            if self.buffer or self.block is None:
+                self._finish_at_exit(check)
         except Exception as error:
             if self.buffer or not isinstance(error, BusyError):
                 self._log_loss("Flush at exit", error)
         self._warn_unclosed()
+
+    def _finish_at_exit(self, check: Callable[[], None]) -> None:
+        if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
+            raise BusyError("Another thread is still writing.")
+        try:
+            self._await_block(check)
+            self.as_writer(self._finish)
+        finally:
+            try:  # as in Gate
+                self.write_lock.release()
+            finally:
+                pass
 
     def write_through(self) -> None:
         """Flush with every write from now on."""

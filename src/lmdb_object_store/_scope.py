@@ -21,10 +21,15 @@ class Scope(ABC, Generic[_T]):
         """Begin, and return what the statement is to yield."""
 
     @abstractmethod
-    def leave(self, normally: bool) -> None:
+    def leave(self, failure: type[BaseException] | None) -> None:
         """End, or do nothing if that has been done.
 
         Where only a part of `enter` or of `leave` was done, undo what has begun.
+
+        Parameters
+        ----------
+        failure : type, optional
+            Of the exception that the statement is left with.
         """
 
 
@@ -78,8 +83,8 @@ class _Manager(Generic[_T]):
         _entered[scope] = weakref.ref(self, partial(_forsaken, scope))
         try:
             return scope.enter()
-        except BaseException:
-            scope.leave(False)
+        except BaseException as error:
+            scope.leave(type(error))
             raise
 
     def leave(
@@ -88,7 +93,7 @@ class _Manager(Generic[_T]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.scope.leave(exc_type is None)
+        self.scope.leave(exc_type)
         _entered.pop(self.scope, None)
         self.end = None
 
@@ -97,5 +102,5 @@ _entered: dict[Scope[Any], weakref.ref[_Manager[Any]]] = {}
 
 
 def _forsaken(scope: Scope[Any], _: object) -> None:
-    scope.leave(False)
+    scope.leave(GeneratorExit)
     _entered.pop(scope, None)

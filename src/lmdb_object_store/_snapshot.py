@@ -115,8 +115,7 @@ class SnapshotSource(Source):
         outer = self.env.readers.get(me)
         if me != self.thread and not self._shared:
             self._share(outer)
-        if outer or self.env.writer == me:
-            self._check_locks()
+        self._check_locks(outer)
         result: _R = self.env.in_gate(
             under, self.buffer_lock, self._visit, action, args
         )
@@ -128,7 +127,7 @@ class SnapshotSource(Source):
             raise self.closed_error()
         return action(lambda *_: txn, *args)
 
-    def _check_locks(self) -> None:
+    def _check_locks(self, outer: bool | None) -> None:
         """Raise if waiting for the lock could be a deadlock.
 
         1. Thread 1 has the lock of a snapshot, and a finalizer of it puts something.
@@ -136,7 +135,8 @@ class SnapshotSource(Source):
         3. Each would wait for the lock of the other. Two snapshots are no better.
         """
         locks: list[Any] = [self.env.buffer_lock]
-        locks += [other.buffer_lock for other in self.env.snapshots()]
+        if outer:  # only in the gate is the lock of a snapshot taken
+            locks += [other.buffer_lock for other in self.env.snapshots()]
         if any(lock._is_owned() for lock in locks if lock is not self.buffer_lock):
             raise self._busy_error()
 
@@ -169,8 +169,7 @@ class SnapshotSource(Source):
                 raise self.closed_error()
             if self._lock_free:
                 return get(key)
-            if outer or env.writer == me:
-                self._check_locks()
+            self._check_locks(outer)
             return under(self.buffer_lock, get, key)
         finally:
             try:
@@ -187,7 +186,8 @@ class SnapshotSource(Source):
         That one enters the gate, *then* looks at `_lock_free`; here it is the other
         way round: one always sees the other.
         """
-        if outer or self.env.writer == get_ident():
+        self._check_locks(outer)
+        if outer:
             raise self._busy_error()
         self._lock_free = False
         while self.env.readers.get(self.thread, False):
@@ -243,7 +243,7 @@ class SnapshotScope(Scope["Snapshot[_K, _V]"]):
         store._env.open_snapshot(self._source)
         return Snapshot(store._path, store._codec, self._source)
 
-    def leave(self, normally: bool) -> None:
+    def leave(self, failure: type[BaseException] | None) -> None:
         self._source.close()
 
 

@@ -115,14 +115,15 @@ class Block(Source):
         """Begin a nested ``with`` statement."""
         self._levels.append(level)
 
-    def leave(self, level: Batch, normally: bool) -> None:
+    def leave(self, level: Batch, failure: type[BaseException] | None) -> None:
         """End a ``with`` statement: commit if it is the outermost, or undo."""
+        normally = failure is None
         levels = self._levels
         if not any(level is other for other in levels):
             if normally:
                 raise self.closed_error()
         elif get_ident() != self.thread:
-            self._lose()
+            self._lose("another thread has ended its `with` statement, or a nested one")
             if normally:
                 raise self.closed_error()
         elif normally and level is not levels[-1] and not self.lost:
@@ -140,6 +141,9 @@ class Block(Source):
                 self.finish()
         elif level is levels[0]:
             self.finish()
+        elif failure is GeneratorExit and level:
+            # Nobody can tell what of that the generator has written.
+            self._lose("a generator was given up inside a nested `with` statement")
         else:
             while any(level is other for other in levels):
                 self._undo()
@@ -206,9 +210,9 @@ class Block(Source):
         self.buffer = {}
         self._levels = []
 
-    def _lose(self) -> None:
+    def _lose(self, why: str) -> None:
         """End it for everybody but its thread, which has to end the transaction."""
-        self._why = ", as its `with` statement has ended in another thread"
+        self._why = f", as {why}. Nothing of it is written"
         self.lost = self.closed = True
         self.end_scans()
 
@@ -298,7 +302,18 @@ class Block(Source):
     def _existing(
         self, begin: Callable[[], lmdb.Transaction[bytes]], keys: list[bytes]
     ) -> list[bytes]:
-        stored = begin().cursor().set_key
+        txn = begin()
+        try:
+            return self._filter(txn.cursor().set_key, keys)
+        finally:
+            try:  # as in Gate
+                txn.abort()
+            finally:
+                pass
+
+    def _filter(
+        self, stored: Callable[[bytes], bool], keys: list[bytes]
+    ) -> list[bytes]:
         changes = self.buffer
         return [
             key
@@ -360,15 +375,15 @@ class BlockScope(Scope[_T]):
         self._value = self._begin()
         return self._value
 
-    def leave(self, normally: bool) -> None:
+    def leave(self, failure: type[BaseException] | None) -> None:
         block = self._block
         if block is None:
             return
-        if normally and self._at_end:
+        if failure is None and self._at_end:
             try:
                 block.check()
                 self._at_end(self._value)
-            except BaseException:
-                block.leave(self._level, False)
+            except BaseException as error:
+                block.leave(self._level, type(error))
                 raise
-        block.leave(self._level, normally)
+        block.leave(self._level, failure)

@@ -35,8 +35,8 @@ class SnapshotOpenError(GrowthError):
 class ConflictError(lmdb.Error):
     """Another process has written while a transaction block had to let it.
 
-    That can be so only where the map was too full for the block. Nothing of the
-    block is written: run it again.
+    That can be so only where room had to be made in the map for the block, or after
+    an I/O error. Nothing of the block is written: run it again.
     """
 
 

@@ -464,7 +464,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         for key in more:
             self._codec.encode(key)
         pairs: Any = other
-        if isinstance(other, LmdbObjectStore):
+        if isinstance(other, StoreMapping):
             pairs = other.items()  # in one pass
         super().update(pairs, **more)
 
