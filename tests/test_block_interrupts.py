@@ -113,12 +113,6 @@ def loop(store):
                 break
 
 
-def fail(store):
-    with suppress(ZeroDivisionError), store.transaction():
-        store.update(a="new", c=3)
-        store["d"] = 1 / 0
-
-
 def nest(store):
     with store.transaction():
         store["a"] = "new"
@@ -153,7 +147,6 @@ STATEMENTS = {
     write: {"a": "new", "list": [0]},
     write_many: {"c": 3, "d": 4, "list": [0]},
     loop: {**OLD, "a": "new"},
-    fail: OLD,
     nest: {**OLD, "a": "new", "b": "new"},
     nest_and_fail: {**OLD, "a": "new"},
     edit: {**OLD, "list": [0, 1]},
@@ -161,7 +154,7 @@ STATEMENTS = {
 }
 
 
-@pytest.mark.parametrize("statement", [write_many, loop, fail, nest_and_fail, edit])
+@pytest.mark.parametrize("statement", [write_many, loop, nest_and_fail, edit])
 def test_a_block_may_be_interrupted_at_every_moment(store, in_thread, statement):
     new = STATEMENTS[statement]
     kept, states = deque(maxlen=20), []
@@ -306,9 +299,11 @@ def test_a_block_may_go_on_after_an_interrupt(store, in_thread, operation):
     expected = [OLD, {**OLD, **around}]
     expected += [{**state, **around} for state in CHANGES[operation]]
     for _, result in every_step(prepare, action):
-        assert not isinstance(result, Exception)
+        assert isinstance(result, KeyboardInterrupt | ClosedError | None)
         states.append(in_thread(lambda: state_from_outside(store)).result())
-        assert states[-1] in expected
+        assert states[-1] in (
+            expected[:1] if isinstance(result, ClosedError) else expected
+        )
         check_readers(store)
     assert all(state in states for state in expected)
     in_thread(lambda: grow_at_once(store)).result()
@@ -394,7 +389,7 @@ class Visitor:
         return state
 
 
-@pytest.mark.parametrize("statement", [nest, edit_a_default, read_a_snapshot])
+@pytest.mark.parametrize("statement", [nest, edit_a_default])
 def test_a_signal_handler_may_use_the_store_at_every_moment(
     store, in_thread, statement
 ):
@@ -424,9 +419,7 @@ def test_a_signal_handler_may_use_the_store_in_what_is_undone(store, in_thread):
     in_thread(store.close).result()
 
 
-@pytest.mark.parametrize("statement", [write, read_a_snapshot])
-def test_a_signal_handler_may_close_at_every_moment(open_store, in_thread, statement):
-    new = STATEMENTS.get(statement, OLD)
+def test_a_signal_handler_may_close_at_every_moment(open_store, in_thread):
     closed = refused = 0
     store = open_store(**OPTIONS)
 
@@ -445,7 +438,7 @@ def test_a_signal_handler_may_close_at_every_moment(open_store, in_thread, state
             refused += 1
 
     with handling(close):
-        for _, result in every_step(prepare, statement):
+        for _, result in every_step(prepare, write):
             assert result is None or isinstance(result, ClosedError)
             assert store.closed or result is None
             closed += store.closed
@@ -453,7 +446,7 @@ def test_a_signal_handler_may_close_at_every_moment(open_store, in_thread, state
                 store = open_store(**OPTIONS)
             state = in_thread(partial(state_from_outside, store)).result()
             assert state.pop("pending") == 1
-            assert state == (OLD if result else new)
+            assert state == (OLD if result else STATEMENTS[write])
             store.delete("pending")
     assert closed > 50
     assert refused > 50
