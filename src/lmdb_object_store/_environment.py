@@ -118,7 +118,7 @@ class SharedEnvironment(Gate, Source):
         self.moving = False  # whether the map is to move, and new snapshots wait
         self._hurried = False  # whether not to wait for open snapshots
         let_go(self._file_identity())
-        self._attach(lmdb.open(path, **options))
+        self._attach(_open(path, options))
         if options.get("writemap") and self.env.lib_version() >= (1,):
             self.env.close()
             raise ValueError(
@@ -921,7 +921,7 @@ class SharedEnvironment(Gate, Source):
                 "is gone or was replaced by another one."
             )
         options = {**self._options, "map_size": self._map_size, "create": False}
-        self._attach(lmdb.open(self.path, **options))
+        self._attach(_open(self.path, options))
         self._log_later(logging.WARNING, "Environment reopened after an error")
 
     def _log_later(self, level: int, what: str) -> None:
@@ -1305,6 +1305,13 @@ class SharedEnvironment(Gate, Source):
 
     def closed_error(self) -> ClosedError:
         return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
+
+
+def _open(path: str, options: dict[str, Any]) -> lmdb.Environment:
+    for _ in range(_ATTEMPTS):
+        with suppress(lmdb.MapResizedError):  # by another process, at this moment
+            return lmdb.open(path, **options)
+    return lmdb.open(path, **options)
 
 
 def _spare_key(number: int) -> bytes:

@@ -102,5 +102,5 @@ _entered: dict[Scope[Any], weakref.ref[_Manager[Any]]] = {}
 
 
 def _forsaken(scope: Scope[Any], _: object) -> None:
-    scope.leave(GeneratorExit)
+    scope.leave(BaseException)
     _entered.pop(scope, None)

@@ -97,10 +97,16 @@ class SnapshotSource(Source):
         self.txn = None
 
     def _end_unused(self) -> None:
-        txn = self.txn
+        txn, lock = self.txn, self.buffer_lock
         used = any(pin.txn is txn for pin in self.env.pins())  # by a large value, say
-        if txn is not None and self._lock_free and not used:
-            txn.abort()  # see `Pin.end`
+        try:
+            if txn is not None and lock.acquire(blocking=False) and not used:
+                txn.abort()  # see `Pin.end`
+        finally:
+            try:  # asking first would leave room for an interrupt
+                lock.release()
+            except RuntimeError:
+                pass  # it was not acquired
 
     def release(self) -> None:
         """Forget the transaction, which ends with the environment."""

@@ -502,7 +502,11 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             At the end: another process has written while the map had to grow.
             Nothing of the block is written; run it again.
         BusyError
-            Called inside another operation, or by another task of the thread.
+            Called inside another operation, or by another task of the thread. At the
+            end: a block nested in it, of a suspended generator, has not ended.
+        ClosedError
+            Inside and at the end: the block has been ended from elsewhere, as by
+            another thread that closes the generator which it is in.
         """
         return manager(BlockScope(self._env, lambda: self))
 
@@ -559,7 +563,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
         While one is open the map can't grow: who needs that waits for at most
         `growth_timeout` seconds, and then, or at once in the thread that has opened
-        a snapshot, gets a `SnapshotOpenError`. Also, LMDB can't use the pages again
+        a snapshot, gets a `SnapshotOpenError`; so do even reads of the store, if
+        another process has made the map larger. Also, LMDB can't use the pages again
         that it shows, so the file grows with what is written meanwhile.
 
         Raises
