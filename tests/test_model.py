@@ -109,7 +109,7 @@ lengths = st.integers(0, 12)  # of transaction blocks, in steps
 iterators = st.tuples(
     sources, kinds, st.one_of(st.just({}), ranges), st.booleans(), st.integers(0, 5)
 )
-endings = st.sampled_from([None, ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
+endings = st.sampled_from([None, ZeroDivisionError, KeyboardInterrupt, SystemExit])
 blocks = st.tuples(fillings, lengths, endings)
 
 

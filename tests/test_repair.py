@@ -10,7 +10,13 @@ import lmdb
 import pytest
 
 from conftest import PATIENCE
-from lmdb_object_store import BusyError, ClosedError, GrowthError, SizeError
+from lmdb_object_store import (
+    BusyError,
+    ClosedError,
+    GrowthError,
+    LmdbObjectStore,
+    SizeError,
+)
 from moments import Parked
 
 LARGE = b"x" * 2**18
@@ -278,3 +284,26 @@ def test_the_error_of_a_block_goes_on_though_the_store_cannot_be_closed(
     assert "Could not close" in caplog.text
     assert not store.closed
     Nested.store = None
+
+
+@pytest.mark.parametrize("times", [1, 10**9])
+def test_a_file_that_grows_while_it_is_opened_is_opened_again(
+    tmp_path, monkeypatch, times
+):
+    opened = []
+
+    def open_or_fail(*args, **options):
+        opened.append(args)
+        if len(opened) <= times:
+            raise lmdb.MapResizedError
+        return real_open(*args, **options)
+
+    real_open = lmdb.open
+    monkeypatch.setattr(lmdb, "open", open_or_fail)
+    if times > 1:
+        with pytest.raises(lmdb.MapResizedError):
+            LmdbObjectStore(tmp_path)
+    else:
+        with LmdbObjectStore(tmp_path) as store:
+            store[b"k"] = 1
+        assert len(opened) == 2

@@ -98,7 +98,8 @@ class SnapshotSource(Source):
 
     def _end_unused(self) -> None:
         txn, lock = self.txn, self.buffer_lock
-        used = any(pin.txn is txn for pin in self.env.pins())  # by a large value, say
+        large_values = (pin for pin in self.env.pins() if isinstance(pin, LargeValue))
+        used = any(value.txn is txn for value in large_values)
         try:
             if txn is not None and lock.acquire(blocking=False) and not used:
                 txn.abort()  # see `Pin.end`
