@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -321,11 +322,13 @@ def test_a_snapshot_may_be_read_after_an_interrupt(store, in_thread):
                 snapshot.get_many(["a"])
             except KeyboardInterrupt as error:
                 kept.append(error)
-            return snapshot == OLD and in_thread(lambda: snapshot == OLD).result()
+            return snapshot == OLD and other.submit(lambda: snapshot == OLD).result()
 
-    for _, result in every_step(lambda: restore(store), action):
-        assert result is True or isinstance(result, KeyboardInterrupt)
-        check_readers(store)
+    with ThreadPoolExecutor(1) as other:
+        for _, result in every_step(lambda: restore(store), action):
+            assert result is True or isinstance(result, KeyboardInterrupt)
+            other.submit(int).result()  # what came before has ended then
+            check_readers(store)
     assert result
     assert len(kept) == 20
     in_thread(lambda: grow_at_once(store)).result()

@@ -24,7 +24,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -32,18 +31,19 @@ from contextlib import suppress
 from functools import partial
 from math import inf
 from pickle import loads
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import Any, TypeVar
 
 import lmdb
 
-from ._gate import _SLICE, Gate, under
+from ._gate import Gate, under
 from ._process import let_go, unregister
 from ._ranges import ALL, CHUNK_BYTES, KeyRange, adjustment
 from ._reading import LARGE, Batch, LargeValue, is_blob, unpickle_error
 from ._snapshot import SnapshotSource
 from ._source import ABSENT, Source
 from ._transaction import Block
+from ._writers import Writers, log
 from .exceptions import (
     BusyError,
     ClosedError,
@@ -53,8 +53,6 @@ from .exceptions import (
     ReadOnlyError,
     SnapshotOpenError,
 )
-
-log = logging.getLogger("lmdb_object_store")
 
 _R = TypeVar("_R")
 _GROWTH = 64 * 2**20
@@ -72,17 +70,13 @@ _MIN_PAGES = 14
 """Pages of the smallest map that takes an entry and keeps the reserve."""
 _ATTEMPTS = 100
 """How often `_swap_last` looks again at what others put meanwhile."""
-_BLOCK_SLICE = 0.005
-"""Seconds after which a waiting writer looks again whether a block has ended."""
-_NOTICE = 1.0
-"""Seconds after which who waits for a block or a snapshot tells so."""
 _READ_FLUSH_PAUSE = 1.0
 """Seconds for which reads leave a buffer alone that they could not flush."""
 _EXIT_PATIENCE = 5.0
 """Seconds that the flush at exit waits for another (daemon) thread's commit."""
 
 
-class SharedEnvironment(Gate, Source):
+class SharedEnvironment(Writers, Source):
     """An open environment, shared by all threads of this process.
 
     Parameters
@@ -102,21 +96,14 @@ class SharedEnvironment(Gate, Source):
         max_map_size: int | None,
         growth_timeout: float,
     ) -> None:
-        super().__init__()
+        super().__init__(path, growth_timeout)
         # Constant after construction.
-        self.path = path
         self.readonly = bool(options.get("readonly"))
         self._options = options
         subdir = options.get("subdir", True)
         self._data_path = os.path.join(path, "data.mdb") if subdir else path
-        self.write_lock = RLock()
-        self.buffer_lock = RLock()
-        self.growth_timeout = growth_timeout
 
         # Guarded by the write lock.
-        self.writer: int | None = None  # the thread that writes
-        self.moving = False  # whether the map is to move, and new snapshots wait
-        self._hurried = False  # whether not to wait for open snapshots
         let_go(self._file_identity())
         self._attach(_open(path, options))
         if options.get("writemap") and self.env.lib_version() >= (1,):
@@ -132,18 +119,13 @@ class SharedEnvironment(Gate, Source):
         self._recycled = -1  # the transaction that `_recycle` committed last
         self._read_flush_due = 0.0  # when a read may try again what failed
         self.closed = False
-        self._open_snapshots: set[SnapshotSource] = set()
         self._closed_text = "closed"  # when it is
-        self._to_log: list[tuple[Any, ...]] = []  # to be logged without the lock
 
         # Guarded by the buffer lock.
         self.buffer: Batch = {}
         self.buffer_bytes = 0  # of keys and values, overwritten ones included
         self.settled = 0  # counts the times that it gave up keys
         self.may_buffer = not self.readonly  # a put may just buffer
-        self.block: Block | None = None  # if any is open, beginning or ending
-        self.closing = False
-        self.exiting = False
         self.lost: Batch = {}  # the buffer of a failed close
 
         self.set_cap(max_map_size)
@@ -548,12 +530,12 @@ class SharedEnvironment(Gate, Source):
 
     def _flush_hurried(self) -> None:
         # A read waits for no open snapshot.
-        self._hurried = True
+        self.hurried = True
         try:
             self._flush()
         finally:
             try:  # as in Gate
-                self._hurried = False
+                self.hurried = False
             finally:
                 pass
 
@@ -819,7 +801,7 @@ class SharedEnvironment(Gate, Source):
             ) from error
 
     def _set_map_size(self, size: int) -> bool:
-        if self._open_snapshots:
+        if self.open_snapshots:
             return False  # since a moment
         try:
             self.env.set_mapsize(size)
@@ -831,76 +813,6 @@ class SharedEnvironment(Gate, Source):
         self._attach(self.env)
         return True
 
-    def snapshots(self) -> list[SnapshotSource]:
-        """Return the open snapshots."""
-        return list(self._open_snapshots)
-
-    def _holds_snapshot(self) -> bool:
-        """Whether this thread has opened one of the open snapshots."""
-        me = get_ident()
-        return any(snapshot.thread == me for snapshot in self.snapshots())
-
-    def _has_waited_long(self) -> bool:
-        """Whether growth has waited `growth_timeout` seconds for a snapshot.
-
-        If so, nobody else waits for that one: a queue of writers would do so one
-        after the other.
-        """
-        now = time.monotonic()
-        for snapshot in self.snapshots():
-            snapshot.awaited = snapshot.awaited or now
-            if now >= snapshot.awaited + self.growth_timeout:
-                return True
-        return False
-
-    def _await_snapshots(self) -> None:
-        """Wait until the map may move, and let reads go on meanwhile."""
-        began = time.monotonic()
-        told = False
-        try:
-            while self._open_snapshots:
-                if self.closing or self.exiting:  # they end now, or in a moment
-                    for snapshot in self.snapshots():
-                        snapshot.close()
-                    break
-                hopeless = (
-                    self._hurried
-                    or self.barred is not None  # by this thread, and reads wait
-                    or self._holds_snapshot()
-                )
-                if hopeless or self._has_waited_long():
-                    raise self._snapshot_error()
-                self.moving = True
-                if not told and time.monotonic() >= began + _NOTICE:
-                    told = True
-                    for snapshot in self.snapshots():
-                        self._tell("growth waits for a snapshot", snapshot)
-                time.sleep(0.001)
-        finally:
-            try:  # as in Gate
-                self.moving = False
-            finally:
-                pass
-
-    def _tell(self, what: str, awaited: Block | SnapshotSource) -> None:
-        """Log what is being waited for, in another thread: a handler is user code."""
-        news = (
-            "%s: %s that thread %d opened %.1f s ago",
-            *(self.path, what, awaited.thread, time.monotonic() - awaited.opened),
-        )
-        with suppress(RuntimeError):  # the interpreter is about to end
-            threading.Thread(target=log.warning, args=news, daemon=True).start()
-
-    def _snapshot_error(self) -> SnapshotOpenError:
-        whose = "one of them by this thread" if self._holds_snapshot() else "for long"
-        return SnapshotOpenError(
-            f"The map of {self.path!r} has to move, as it is full or another process "
-            f"has made it larger, but {len(self.snapshots())} snapshots are open, "
-            f"{whose}. Close snapshots sooner, or open the store with a larger "
-            "map_size, so that it need not grow. What was pending still is; flush "
-            "again later."
-        )
-
     def _alive(self) -> bool:
         try:
             self.env.info()
@@ -910,7 +822,7 @@ class SharedEnvironment(Gate, Source):
 
     def _reopen(self) -> None:
         """Open the same file again, which an error has put out of action."""
-        for snapshot in self.snapshots():
+        for snapshot in list(self.open_snapshots):
             snapshot.release()
         if self.block is not None:
             self.block.txn = None  # `_begin_writing` looks what has happened meanwhile
@@ -924,157 +836,7 @@ class SharedEnvironment(Gate, Source):
         self._attach(_open(self.path, options))
         self._log_later(logging.WARNING, "Environment reopened after an error")
 
-    def _log_later(self, level: int, what: str) -> None:
-        self._to_log.append((level, "%s: %s", self.path, what))
-
-    # Locks
-
-    def inside(self) -> bool:
-        """Whether this thread is interrupted while it writes, reads or buffers."""
-        me = get_ident()
-        block = self.block
-        return (
-            self.writer == me
-            or self.readers.get(me, False)
-            # Private, but what threading.Condition relies on as well.
-            or self.buffer_lock._is_owned()  # type: ignore[attr-defined]
-            # A transaction block that begins or ends.
-            or (block is not None and block.thread == me and not block.open)
-        )
-
-    def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
-        """Call `action` under the write lock; it must not run user code.
-
-        Raises
-        ------
-        BusyError
-            This thread was interrupted while writing or in the gate.
-        SnapshotOpenError
-            The writer waits for a snapshot that this thread has to close.
-        """
-        if self.inside():
-            raise self._busy_error()
-        news: list[tuple[Any, ...]] = []
-        block = self.block
-        try:
-            if block is not None and block.thread == get_ident():
-                if block.lost:
-                    block.finish_lost()
-                else:
-                    return self._as_writer(news, action, args)
-            if self._open_snapshots and self._holds_snapshot():
-                return self._as_patient_writer(news, action, args)
-            result: _R = under(self.write_lock, self._as_writer, news, action, args)
-            return result
-        finally:
-            if news:
-                self._log_or_keep(news)
-
-    def _busy_error(self) -> BusyError:
-        return BusyError(
-            "The store is in the middle of another operation on this thread: a signal "
-            "handler or finalizer can get, put and delete there, but not flush, write "
-            "many, take snapshots, grow or close."
-        )
-
-    def _log_or_keep(self, news: list[tuple[Any, ...]]) -> None:
-        block = self.block
-        if block is not None and block.thread == get_ident():
-            block.news += news  # others wait for its end
-        else:
-            self.log_all(news)
-
-    def log_all(self, news: list[tuple[Any, ...]]) -> None:
-        """Log, while this thread holds nobody up: a logging handler is user code."""
-        for line in news:
-            log.log(*line)
-
-    def _as_patient_writer(
-        self,
-        news: list[tuple[Any, ...]],
-        action: Callable[..., _R],
-        args: tuple[Any, ...],
-    ) -> _R:
-        """Wait as a thread with an open snapshot has to.
-
-        1. This thread, which has a snapshot open, waits for the write lock.
-        2. Its holder has to grow the map, and waits for the snapshot.
-        3. Both wait until `growth_timeout` is over, unless this one gives up.
-        """
-        while True:
-            try:
-                if self.write_lock.acquire(timeout=_SLICE):
-                    self._await_block(self._fail_if_moving)
-                    return self._as_writer(news, action, args)
-            finally:
-                try:  # asking first would leave room for an interrupt
-                    self.write_lock.release()
-                except RuntimeError:
-                    pass  # it was not acquired
-            self._fail_if_moving()
-
-    def _fail_if_moving(self) -> None:
-        if self.moving:
-            raise self._snapshot_error()
-
-    def _await_block(self, check: Callable[[], None] | None = None) -> None:
-        """Wait for the end of another thread's block, and `check` meanwhile.
-
-        In slices, since no lock can say that a block has ended: it can be ended, or
-        lost, by an interrupt or a finalizer in any thread.
-        """
-        me = get_ident()
-        began = time.monotonic()
-        told = False
-        while (block := self.block) is not None and block.thread != me:
-            if block.lost:
-                raise BusyError(
-                    f"A transaction block of {self.path!r} has been left in another "
-                    "thread than the one that began it, which alone can end it: by "
-                    "using the store again, or by ending itself. Nothing can be "
-                    "written before that."
-                )
-            if check is not None:
-                check()
-            waited = time.monotonic() - began
-            if not told and waited >= _NOTICE:
-                told = True
-                self._tell("a write waits for a transaction block", block)
-            time.sleep(min(0.00005 + waited / 10, _BLOCK_SLICE))
-
-    def _as_writer(
-        self,
-        news: list[tuple[Any, ...]],
-        action: Callable[..., _R],
-        args: tuple[Any, ...],
-    ) -> _R:
-        if self.block is not None:
-            self._await_block()
-        self.writer = get_ident()
-        try:
-            return action(*args)
-        finally:
-            try:
-                self.writer = None
-                news += self._to_log
-                self._to_log = []
-            finally:
-                pass
-
     # Transaction blocks and snapshots
-
-    def current(self) -> SharedEnvironment | Block:
-        """Return what the operations of this thread belong to."""
-        block = self.block
-        if block is None or block.thread != get_ident():
-            return self
-        if not block.open:
-            return self
-        if block.lost:
-            block.finish_lost()
-            return self
-        block.check()
-        return block
 
     def open_block(self, block: Block) -> None:
         """Begin a transaction block of this thread; flush what is pending before.
@@ -1134,7 +896,7 @@ class SharedEnvironment(Gate, Source):
             )
         if self.buffer or (self.moving and not self._holds_snapshot()):
             self.as_writer(self._flush)
-        self.visit(snapshot.begin, self._open_snapshots)
+        self.visit(snapshot.begin, self.open_snapshots)
 
     def check_writable(self) -> None:
         """Raise if nothing can be written any more."""
@@ -1162,7 +924,7 @@ class SharedEnvironment(Gate, Source):
                 "close it after the block."
             )
         if not self.inside():
-            for snapshot in self.snapshots():  # which a growth may be waiting for
+            for snapshot in list(self.open_snapshots):  # growth may wait for them
                 snapshot.close()
         error = self.as_writer(self._close)
         if error is not None:
@@ -1199,7 +961,7 @@ class SharedEnvironment(Gate, Source):
             self.lost = self.buffer
             self.buffer = {}
             self.settled += 1
-            for snapshot in self.snapshots():
+            for snapshot in list(self.open_snapshots):
                 snapshot.release()
             self.end_scans()  # other pins go on with their copies
 
@@ -1265,14 +1027,11 @@ class SharedEnvironment(Gate, Source):
         )
         for pin in self.pins():
             pin.release()
-        for snapshot in self.snapshots():
+        for snapshot in list(self.open_snapshots):
             snapshot.release()
         if block is not None:
-            self.block = None
             block.end(", as it belongs to the parent process")
-        super().__init__()
-        self.write_lock = RLock()
-        self.buffer_lock = RLock()
+        super().__init__(self.path, self.growth_timeout)
         self.closing = self.closed = True
         self.may_buffer = False
         self.buffer = {}

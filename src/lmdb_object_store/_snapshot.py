@@ -143,7 +143,7 @@ class SnapshotSource(Source):
         """
         locks: list[Any] = [self.env.buffer_lock]
         if outer:  # only in the gate is the lock of a snapshot taken
-            locks += [other.buffer_lock for other in self.env.snapshots()]
+            locks += [other.buffer_lock for other in list(self.env.open_snapshots)]
         if any(lock._is_owned() for lock in locks if lock is not self.buffer_lock):
             raise self._busy_error()
 

@@ -126,13 +126,17 @@ class Block(Source):
             self._lose("another thread has ended its `with` statement, or a nested one")
             if normally:
                 raise self.closed_error()
-        elif normally and level is not levels[-1] and not self.lost:
+        elif self.lost:
+            self.finish()
+            if normally:
+                raise self.closed_error()
+        elif normally and level is not levels[-1]:
             self.finish()
             raise BusyError(
                 "A transaction block has ended before one that is nested in it, of a "
                 "suspended generator perhaps. Nothing of both is written."
             )
-        elif normally and len(levels) > 1 and not self.lost:
+        elif normally and len(levels) > 1:
             self._merge()
         elif normally:
             try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import lmdb
 
-from ._environment import MAX_VALUE, SharedEnvironment, log
+from ._environment import MAX_VALUE, SharedEnvironment
 from ._keys import KeyCodec, describe
 from ._mapping import _K, _T, _V, StoreMapping, refuse_single
 from ._process import register
@@ -29,6 +29,7 @@ from ._snapshot import Snapshot, SnapshotScope
 from ._source import ABSENT
 from ._transaction import Block, BlockScope
 from ._views import StoreKeysView
+from ._writers import log
 from .exceptions import (
     BusyError,
     ClosedError,
