@@ -18,6 +18,13 @@ PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _frozen() -> None:
+    """Spare the tests' many collections what the test run itself consists of."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, Any]]]:
     """Open stores in a folder of the test's own; they are closed after it."""
