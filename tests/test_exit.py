@@ -587,3 +587,45 @@ store.close(strict=True)
     written = int(run(script).stdout)
     keys = {"flushed", "pending", *(f"thread {n}" for n in range(written))}
     assert stored().keys() == keys
+
+
+# Transaction blocks
+
+
+def test_a_block_that_is_open_at_exit_is_undone(run, stored):
+    run(
+        OPEN
+        + """
+def block():
+    with store.transaction():
+        store["inside"] = 1
+        yield
+
+store["before"] = 1
+suspended = block()
+next(suspended)
+"""
+    )
+    assert stored() == {"before": 1}
+
+
+def test_exit_does_not_wait_for_the_block_of_a_daemon_thread(run, stored):
+    result = run(
+        OPEN
+        + """
+import threading
+inside = threading.Event()
+
+def block():
+    with store.transaction():
+        store["inside"] = 1
+        inside.set()
+        threading.Event().wait()
+
+store["before"] = 1
+threading.Thread(target=block, daemon=True).start()
+inside.wait()
+"""
+    )
+    assert "lost" not in result.stderr
+    assert stored() == {"before": 1}

@@ -313,6 +313,7 @@ class SharedEnvironment(Writers, Source):
         size = len(key) + len(raw or b"")
         total = self.buffer_bytes + size
         must_wait = must_flush = count >= batch_size or total >= batch_bytes
+        inside = False
         if must_flush or not self.may_buffer:
             self.check_writable()
             # Don't wait for another thread's commit, within reason.
@@ -323,7 +324,8 @@ class SharedEnvironment(Writers, Source):
                 and count < 2 * batch_size
                 and total < 2 * batch_bytes
             )
-            must_wait = not patient and not self.inside()
+            inside = self.inside()
+            must_wait = not patient and not inside
             if must_wait and count < batch_size and not self.exiting and block is None:
                 # Overwritten values are counted twice, so look closely.
                 total = _size({**self.buffer, key: raw})
@@ -331,13 +333,11 @@ class SharedEnvironment(Writers, Source):
                 must_wait = total >= batch_bytes
         if not must_wait:
             with self.buffer_lock:  # no call in here: see put
-                if not self.closing and self.block is block:
+                # Unless another thread's transaction block has begun meanwhile.
+                if not self.closing and (inside or self.block is block):
                     self.buffer[key] = raw
                     self.buffer_bytes += size
                     return
-            if not self.closing:  # a transaction block has begun or ended
-                self.write(key, raw, batch_size, batch_bytes)
-                return
         self.as_writer(self._write_now, key, raw, (batch_size, batch_bytes))
 
     def _write_now(
@@ -755,8 +755,6 @@ class SharedEnvironment(Writers, Source):
             return False
         try:
             _transact(self._begin_writing, _touch)
-        except ConflictError:
-            raise
         except lmdb.Error:
             return False
         if self.block is not None:
@@ -923,9 +921,10 @@ class SharedEnvironment(Writers, Source):
                 f"close() was called inside a transaction block of {self.path!r}; "
                 "close it after the block."
             )
-        if not self.inside():
-            for snapshot in list(self.open_snapshots):  # growth may wait for them
-                snapshot.close()
+        if self.inside():
+            raise self._busy_error()
+        for snapshot in list(self.open_snapshots):  # growth may wait for them
+            snapshot.close()
         error = self.as_writer(self._close)
         if error is not None:
             self._log_loss("Final flush", error)
@@ -978,29 +977,20 @@ class SharedEnvironment(Writers, Source):
         been stopped with the write lock in its hands, so the wait has an end.
         """
         self.write_through()
-        deadline = time.monotonic() + _EXIT_PATIENCE
-
-        def check() -> None:
-            if time.monotonic() >= deadline:
-                raise BusyError("Another thread is still writing.")
-
         try:
             block = self.block
             if block is not None and block.thread == get_ident():
                 block.finish()  # of a generator that nobody has closed, say
-            # Not for nothing, where a daemon thread's block will not end.
-            if self.buffer or self.block is None:
-                self._finish_at_exit(check)
+            self._finish_at_exit()
         except Exception as error:
             if self.buffer or not isinstance(error, BusyError):
                 self._log_loss("Flush at exit", error)
         self._warn_unclosed()
 
-    def _finish_at_exit(self, check: Callable[[], None]) -> None:
+    def _finish_at_exit(self) -> None:
         if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
             raise BusyError("Another thread is still writing.")
         try:
-            self._await_block(check)
             self.as_writer(self._finish)
         finally:
             try:  # as in Gate

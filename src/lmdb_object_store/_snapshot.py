@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pickle import loads
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -45,8 +46,8 @@ class SnapshotSource(Source):
         self.buffer_lock = RLock()
         self.buffer: Batch = {}  # always empty
         self.settled = 0
-        self.thread = get_ident()  # which has opened it
-        self.opened = time.monotonic()
+        self.thread = 0  # which has opened it
+        self.opened = 0.0
         self.awaited = 0.0  # since when growth waits for it
         self._lock_free = True  # whether only that thread uses it, without the lock
         self._shared = False  # whether the others can be sure that it takes the lock
@@ -61,12 +62,14 @@ class SnapshotSource(Source):
         """Open it, and enter it among the open ones. Call it in the gate."""
         if self.env.closing:
             raise self.env.closed_error()
+        self.thread = get_ident()
+        self.opened = time.monotonic()
         # A snapshot that has large values gives views of them.
         self._views = self.env.gives_views(True)
         self.txn = begin(None, None, False, self._views)
         self._open = open_ones
         self._open.add(self)
-        self._get = self._get_views if self._views else self.txn.get
+        self._get = partial(self._copy, self.txn) if self._views else self.txn.get
 
     @property
     def closed(self) -> bool:  # type: ignore[override]
@@ -201,10 +204,9 @@ class SnapshotSource(Source):
             time.sleep(0.0001)
         self._shared = True
 
-    def _get_views(self, key: bytes) -> bytes | LargeValue | None:
-        txn = self.txn
-        if txn is None:
-            raise self.closed_error()
+    def _copy(
+        self, txn: lmdb.Transaction[memoryview], key: bytes
+    ) -> bytes | LargeValue | None:
         view: memoryview | None = txn.get(key)
         if view is None:
             return None
@@ -227,7 +229,8 @@ class SnapshotSource(Source):
     def _fetch_many(
         self, begin: Callable[[], lmdb.Transaction[bytes]], keys: list[bytes]
     ) -> list[bytes | LargeValue | None]:
-        get: Any = self._get_views if self._views else begin().get
+        txn: Any = begin()
+        get = partial(self._copy, txn) if self._views else txn.get
         return list(map(get, keys))
 
     def load(self, key: bytes, raw: bytes | LargeValue) -> Any:

@@ -246,7 +246,10 @@ class Block(Source):
         txn = self.txn
         if txn is None or env.large_seen:
             return env.read(key, default, probe)
-        raw: bytes | None = env.in_gate(txn.get, key)
+        try:
+            raw: bytes | None = env.in_gate(txn.get, key)
+        except lmdb.Error:  # the environment is out of action
+            return env.read(key, default, probe)
         if raw is None:
             return default
         if len(raw) >= LARGE:

@@ -106,11 +106,8 @@ class Writers(Gate):
         news: list[tuple[Any, ...]] = []
         block = self.block
         try:
-            if block is not None and block.thread == get_ident():
-                if block.lost:
-                    block.finish_lost()
-                else:
-                    return self._as_writer(news, action, args)
+            if block is not None and block.thread == get_ident() and not block.lost:
+                return self._as_writer(news, action, args)
             if self.open_snapshots and self._holds_snapshot():
                 return self._as_patient_writer(news, action, args)
             result: _R = under(self.write_lock, self._as_writer, news, action, args)
@@ -182,6 +179,11 @@ class Writers(Gate):
                     "thread than the one that began it, which alone can end it: by "
                     "using the store again, or by ending itself. Nothing can be "
                     "written before that."
+                )
+            if self.exiting:
+                raise BusyError(
+                    f"A transaction block of {self.path!r} in another thread will not "
+                    "end, as the interpreter ends."
                 )
             if check is not None:
                 check()
