@@ -52,6 +52,7 @@ class SnapshotSource(Source):
         self._lock_free = True  # whether only that thread uses it, without the lock
         self._shared = False  # whether the others can be sure that it takes the lock
         self._views = False
+        self.closed = True
         self._get: Callable[[bytes], Any] | None = None  # unless it is open
 
     def begin(
@@ -70,10 +71,7 @@ class SnapshotSource(Source):
         self._open = open_ones
         self._open.add(self)
         self._get = partial(self._copy, self.txn) if self._views else self.txn.get
-
-    @property
-    def closed(self) -> bool:  # type: ignore[override]
-        return self._get is None
+        self.closed = False
 
     @property
     def gate(self) -> Gate:
@@ -92,6 +90,7 @@ class SnapshotSource(Source):
         Who is in the midst of using the transaction has it to the end. After an
         interrupt it goes on where it was.
         """
+        self.closed = True
         self._get = None
         self._open.discard(self)
         self.end_scans()
@@ -114,6 +113,7 @@ class SnapshotSource(Source):
 
     def release(self) -> None:
         """Forget the transaction, which ends with the environment."""
+        self.closed = True
         self._open.discard(self)
         self.txn = None
         self._get = None
