@@ -88,7 +88,7 @@ def handling(action: Callable[[], Any]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Trip(int):
+class Trip(int):
     # Reading an attribute gives CPython no occasion to look for signals, as a
     # call would: the signal waits for the code that is stepped through.
     now = property(_thread.interrupt_main)
@@ -120,7 +120,7 @@ def _with_signal(
     tried: set[tuple[Any, int, int]], action: Callable[[], Any]
 ) -> tuple[bool, Any]:
     """Call `action` with a signal where none has been tried."""
-    trip = _Trip(signal.SIGINT)
+    trip = Trip(signal.SIGINT)
     reached = False
     rounds: Counter[tuple[Any, int]] = Counter()
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 
 from conftest import PATIENCE
 from lmdb_object_store import BusyError, ClosedError, ConflictError, LmdbObjectStore
-from moments import Parked, is_method
+from moments import Parked, Trip, handling, is_method
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
@@ -25,23 +26,25 @@ def store(open_store):
 
 @contextmanager
 def at_call(method, action, function=None):
-    """Do `action` where `method` of py-lmdb is called first, as a finalizer could.
+    """Let a signal handler do `action` where `method` of py-lmdb is called first.
 
     With `function`, where that function of the library calls it.
     """
     results = []
+    trip = Trip(signal.SIGINT)
 
     def hook(frame, event, called):
         here = function in (None, frame.f_code.co_name)
         if here and event == "c_call" and is_method(called, method):
             sys.setprofile(None)
-            results.append(outcome(action))
+            trip.now  # noqa: B018 (CPython calls the handler after the method)
 
-    sys.setprofile(hook)
-    try:
-        yield results
-    finally:
-        sys.setprofile(None)
+    with handling(lambda: results.append(outcome(action))):
+        sys.setprofile(hook)
+        try:
+            yield results
+        finally:
+            sys.setprofile(None)
     assert results, f"{method}() was never called"
 
 

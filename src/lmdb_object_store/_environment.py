@@ -268,8 +268,6 @@ class SharedEnvironment(Writers, Source):
         clears the reader slots of dead processes, and reopens an environment that
         an I/O error or a refused growth has put out of action.
         """
-        if self.closed:
-            raise self.closed_error() from None
         if isinstance(error, lmdb.ReadersFullError) and self.block is not None:
             self.in_gate(self._clear_readers)  # reads don't wait for a block
         else:
