@@ -3,7 +3,7 @@
 Everything that belongs to a data file rather than to the `LmdbObjectStore` that
 opened it lives in one `SharedEnvironment` per file and process.
 
-Locks, in the order in which they may be taken together:
+Locks, in the order in which they may be taken together, after those of `_process`:
 
 - *write lock*: one writer of the process. Held over commits, growth and close;
   never while user code runs. During a transaction block its thread is the writer
@@ -25,7 +25,6 @@ import errno
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
@@ -37,20 +36,18 @@ from typing import Any, TypeVar
 import lmdb
 
 from ._gate import Gate, under
-from ._process import let_go, unregister
+from ._lifecycle import Lifecycle
 from ._ranges import ALL, CHUNK_BYTES, KeyRange, adjustment
 from ._reading import LARGE, Batch, LargeValue, is_blob, unpickle_error
 from ._snapshot import SnapshotSource
-from ._source import ABSENT, Source
+from ._source import ABSENT
 from ._transaction import Block
-from ._writers import Writers, log
+from ._writers import log
 from .exceptions import (
     BusyError,
-    ClosedError,
     ConflictError,
     DiskError,
     GrowthError,
-    ReadOnlyError,
     SnapshotOpenError,
 )
 
@@ -72,11 +69,9 @@ _ATTEMPTS = 100
 """How often `_swap_last` looks again at what others put meanwhile."""
 _READ_FLUSH_PAUSE = 1.0
 """Seconds for which reads leave a buffer alone that they could not flush."""
-_EXIT_PATIENCE = 5.0
-"""Seconds that the flush at exit waits for another (daemon) thread's commit."""
 
 
-class SharedEnvironment(Writers, Source):
+class SharedEnvironment(Lifecycle):
     """An open environment, shared by all threads of this process.
 
     Parameters
@@ -96,37 +91,12 @@ class SharedEnvironment(Writers, Source):
         max_map_size: int | None,
         growth_timeout: float,
     ) -> None:
-        super().__init__(path, growth_timeout)
-        # Constant after construction.
-        self.readonly = bool(options.get("readonly"))
-        self._options = options
-        subdir = options.get("subdir", True)
-        self._data_path = os.path.join(path, "data.mdb") if subdir else path
-
+        super().__init__(path, options, growth_timeout)
         # Guarded by the write lock.
-        let_go(self._file_identity())
-        self._attach(_open(path, options))
-        if options.get("writemap") and self.env.lib_version() >= (1,):
-            self.env.close()
-            raise ValueError(
-                "writemap=True can't be used with the LMDB 1.0 engine: a commit that "
-                "frees pages can abort the process (seen with 1.0.2). "
-                f"Open {path!r} without writemap, or make it with lib_version=0."
-            )
-        self.identity = self._file_identity()
         self._page_size: int = self.env.stat()["psize"]
-        self._map_size: int = self.env.info()["map_size"]
+        self._floor = 0  # bytes of map that the next growth makes at least
         self._recycled = -1  # the transaction that `_recycle` committed last
         self._read_flush_due = 0.0  # when a read may try again what failed
-        self.closed = False
-        self._closed_text = "closed"  # when it is
-
-        # Guarded by the buffer lock.
-        self.buffer: Batch = {}
-        self.buffer_bytes = 0  # of keys and values, overwritten ones included
-        self.settled = 0  # counts the times that it gave up keys
-        self.may_buffer = not self.readonly  # a put may just buffer
-        self.lost: Batch = {}  # the buffer of a failed close
 
         self.set_cap(max_map_size)
 
@@ -134,17 +104,9 @@ class SharedEnvironment(Writers, Source):
     def gate(self) -> Gate:
         return self
 
-    def _attach(self, env: lmdb.Environment) -> None:
-        self.env = env
-        # A new object each time: it also tells `_repair` what it was that failed.
-        self._begin: Callable[..., lmdb.Transaction[Any]] = env.begin
-
-    def _file_identity(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self._data_path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+    def raise_floor(self, map_size: int) -> None:
+        """Make the next growth lead to `map_size` bytes at least."""
+        self._floor = max(self._floor, map_size)
 
     def set_cap(self, max_map_size: int | None) -> None:
         """Change how far the map may grow by itself."""
@@ -214,7 +176,7 @@ class SharedEnvironment(Writers, Source):
                 txn = None
                 readers[me] = outer or False
                 self.repair(error, begin)
-                return self.read(key, default, probe)
+                return self._read_copy(key, default, probe)
             readers[me] = outer or False  # out of the gate: user code from here
             try:
                 return loads(raw) if type(raw) is bytes else raw.load()
@@ -229,6 +191,13 @@ class SharedEnvironment(Writers, Source):
                 txn = None  # or the traceback of a KeyboardInterrupt keeps it open
             finally:
                 pass
+
+    def _read_copy(self, key: bytes, default: Any, probe: bool) -> Any:
+        """Do what `read` does, as often as need be."""
+        raw: bytes | None = self.visit(lambda begin: begin().get(key))
+        if raw is None:
+            return default
+        return probe or self.unpickle(key, raw, False)
 
     def _repairing(
         self,
@@ -260,38 +229,6 @@ class SharedEnvironment(Writers, Source):
 
     def visit_as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
         return self._repairing(self._repair, action, args)
-
-    def repair(self, error: lmdb.Error, begin: Any) -> None:
-        """Make a read that met `error` possible again, or raise it.
-
-        `begin` is what met it. Adopts a map that another process has grown,
-        clears the reader slots of dead processes, and reopens an environment that
-        an I/O error or a refused growth has put out of action.
-        """
-        if isinstance(error, lmdb.ReadersFullError) and self.block is not None:
-            self.in_gate(self._clear_readers)  # reads don't wait for a block
-        else:
-            self.as_writer(self._repair, error, begin)
-
-    def _clear_readers(self) -> None:
-        self.env.reader_check()
-        self._begin()  # raises the same again if no slot is free now
-
-    def _repair(self, error: lmdb.Error, begin: Any) -> None:
-        if self.closed:
-            raise self.closed_error() from None
-        if begin is not self._begin:
-            return  # another thread was faster
-        if isinstance(error, lmdb.MapResizedError):
-            self._resize(0)
-        elif isinstance(error, lmdb.ReadersFullError):
-            # That detaches what this process reads, too.
-            self.alone(self.growth_timeout, self.env.reader_check)
-            self._begin()  # raises the same again if no slot is free now
-        elif isinstance(error, lmdb.PanicError) or not self._alive():
-            self.alone(self.growth_timeout, self._reopen)
-        else:
-            raise error
 
     # Writes
 
@@ -668,6 +605,7 @@ class SharedEnvironment(Writers, Source):
                     "again."
                 )
         txn, block.txn = block.txn, None
+        block.used = txn
         return txn
 
     def _or_wait(
@@ -714,7 +652,7 @@ class SharedEnvironment(Writers, Source):
 
         begin = self._begin_writing
         block = self.block
-        nests = not self._options.get("writemap")  # LMDB can't with it
+        nests = not self.options.get("writemap")  # LMDB can't with it
         if block is not None and block.committing and block.txn is not None and nests:
             # Else LMDB's lock would be given up between the rehearsal and the work.
             begin = partial(self._begin, None, block.txn, True)
@@ -729,7 +667,7 @@ class SharedEnvironment(Writers, Source):
         stat = self.env.stat()
         # Every page on the way to a key is written anew ...
         touched = min(count * stat["depth"], stat["branch_pages"] + stat["leaf_pages"])
-        pages = self.env.info()["last_pgno"] + 1 + touched + 8
+        pages: int = self.env.info()["last_pgno"] + 1 + touched + 8
         size = 0
         for key, raw in batch.items():
             node = len(key) + len(raw or b"") + 16
@@ -766,7 +704,7 @@ class SharedEnvironment(Writers, Source):
 
     def _grow(self, batch: Batch, count: int) -> None:
         size = self.env.info()["map_size"]
-        wanted = max(2 * size, size + _GROWTH, self._needed(batch, count))
+        wanted = max(2 * size, size + _GROWTH, self._floor, self._needed(batch, count))
         wanted = int(min(wanted - wanted % self._page_size, self._cap()))
         if wanted <= size:
             raise GrowthError(
@@ -808,29 +746,6 @@ class SharedEnvironment(Writers, Source):
         self._map_size = self.env.info()["map_size"]
         self._attach(self.env)
         return True
-
-    def _alive(self) -> bool:
-        try:
-            self.env.info()
-        except lmdb.Error:
-            return False
-        return True
-
-    def _reopen(self) -> None:
-        """Open the same file again, which an error has put out of action."""
-        for snapshot in list(self.open_snapshots):
-            snapshot.release()
-        if self.block is not None:
-            self.block.txn = None  # `_begin_writing` looks what has happened meanwhile
-        self.env.close()
-        if self._file_identity() != self.identity:
-            raise ClosedError(
-                f"The store at {self.path!r} had to be reopened, but its data file "
-                "is gone or was replaced by another one."
-            )
-        options = {**self._options, "map_size": self._map_size, "create": False}
-        self._attach(_open(self.path, options))
-        self._log_later(logging.WARNING, "Environment reopened after an error")
 
     # Transaction blocks and snapshots
 
@@ -885,7 +800,7 @@ class SharedEnvironment(Writers, Source):
             )
         if self.inside():
             raise self._busy_error()
-        if not self._options.get("lock", True):
+        if not self.options.get("lock", True):
             raise ValueError(
                 f"snapshot() needs LMDB's locks, and {self.path!r} was opened with "
                 "lock=False: other processes would write over what it shows."
@@ -893,172 +808,6 @@ class SharedEnvironment(Writers, Source):
         if self.buffer or (self.moving and not self._holds_snapshot()):
             self.as_writer(self._flush)
         self.visit(snapshot.begin, self.open_snapshots)
-
-    def check_writable(self) -> None:
-        """Raise if nothing can be written any more."""
-        if self.closing:
-            raise self.closed_error()
-        if self.readonly:
-            raise ReadOnlyError(
-                f"The store at {self.path!r} is read-only: it was opened with "
-                "readonly=True."
-            )
-
-    # Flush and close
-
-    def close(self) -> Exception | None:
-        """Flush, sync and close; return what the final flush failed with."""
-        if get_ident() in self.readers:
-            raise BusyError(
-                "close() was called while this thread is reading from the store "
-                "(by something that an unpickling runs, for example); close it "
-                "after the read."
-            )
-        if self.current() is not self:
-            raise BusyError(
-                f"close() was called inside a transaction block of {self.path!r}; "
-                "close it after the block."
-            )
-        if self.inside():
-            raise self._busy_error()
-        for snapshot in list(self.open_snapshots):  # growth may wait for them
-            snapshot.close()
-        error = self.as_writer(self._close)
-        if error is not None:
-            self._log_loss("Final flush", error)
-        return error
-
-    def _close(self) -> Exception | None:
-        if self.closed:
-            return None
-        with self.buffer_lock:
-            self.closing = True
-            self.may_buffer = False
-        error = None
-        try:
-            self._finish()
-        except Exception as failure:
-            error = failure
-        self.alone(self.growth_timeout, self._shut)
-        return error
-
-    def _finish(self) -> None:
-        try:
-            self._flush()
-        finally:
-            if not self.readonly:
-                self.env.sync(True)
-
-    def _shut(self) -> None:
-        unregister(self)
-        try:
-            self.env.close()
-        finally:
-            self.closed = True
-            self.lost = self.buffer
-            self.buffer = {}
-            self.settled += 1
-            for snapshot in list(self.open_snapshots):
-                snapshot.release()
-            self.end_scans()  # other pins go on with their copies
-
-    def abandon(self) -> None:
-        """Close for a handle that was garbage-collected without being closed."""
-        if not self.closed:
-            self.close()
-            self._warn_unclosed()
-
-    def flush_at_exit(self) -> None:
-        """Flush, and write through from now on: the process is about to end.
-
-        Not closed: a daemon thread may be reading. A daemon thread may also have
-        been stopped with the write lock in its hands, so the wait has an end.
-        """
-        self.write_through()
-        try:
-            block = self.block
-            if block is not None and block.thread == get_ident():
-                block.finish()  # of a generator that nobody has closed, say
-            self._finish_at_exit()
-        except Exception as error:
-            if self.buffer or not isinstance(error, BusyError):
-                self._log_loss("Flush at exit", error)
-        self._warn_unclosed()
-
-    def _finish_at_exit(self) -> None:
-        if not self.write_lock.acquire(timeout=_EXIT_PATIENCE):
-            raise BusyError("Another thread is still writing.")
-        try:
-            self.as_writer(self._finish)
-        finally:
-            try:  # as in Gate
-                self.write_lock.release()
-            finally:
-                pass
-
-    def write_through(self) -> None:
-        """Flush with every write from now on."""
-        with self.buffer_lock:
-            self.exiting = True
-            self.may_buffer = False
-
-    def disinherit(self) -> None:
-        """In a child made by fork: leave everything to the parent.
-
-        The pending writes are the parent's, the locks may be held by threads
-        that don't exist here, and a read transaction that is aborted or closed
-        here would free a reader slot that the parent is using.
-        """
-        block = self.block
-        self.at_rest = (
-            self.writer is None and block is None and True not in self.readers.values()
-        )
-        for pin in self.pins():
-            pin.release()
-        for snapshot in list(self.open_snapshots):
-            snapshot.release()
-        if block is not None:
-            block.end(", as it belongs to the parent process")
-        super().__init__(self.path, self.growth_timeout)
-        self.closing = self.closed = True
-        self.may_buffer = False
-        self.buffer = {}
-        self.settled += 1
-        self._begin = self._refuse
-        self._closed_text = (
-            "closed in this child process: it belongs to the parent, which opened it "
-            "before the fork. Open a store of your own here"
-        )
-
-    def _refuse(self, *_: object) -> lmdb.Transaction[Any]:
-        raise self.closed_error()
-
-    def _log_loss(self, what: str, error: Exception) -> None:
-        log.error(
-            "%s of %s failed, %d pending writes are lost: %s",
-            what,
-            self.path,
-            len(self.lost or self.buffer),
-            error,
-            exc_info=error,
-        )
-
-    def _warn_unclosed(self) -> None:
-        warnings.warn(
-            f"LmdbObjectStore {self.path!r} was not closed; use `with` or close().",
-            ResourceWarning,
-            stacklevel=2,
-        )
-
-    def closed_error(self) -> ClosedError:
-        return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
-
-
-def _open(path: str, options: dict[str, Any]) -> lmdb.Environment:
-    for _ in range(_ATTEMPTS):
-        with suppress(lmdb.MapResizedError):  # by another process, at this moment
-            return lmdb.open(path, **options)
-    return lmdb.open(path, **options)
 
 
 def _spare_key(number: int) -> bytes:

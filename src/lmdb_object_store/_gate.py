@@ -29,7 +29,7 @@ from .exceptions import BusyError
 
 _R = TypeVar("_R")
 
-_SLICE = 0.05
+SLICE = 0.05
 """Seconds for which readers are kept out while one of them does not leave."""
 
 
@@ -172,8 +172,8 @@ class Gate:
     def alone(self, timeout: float, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` when no thread is in the gate and all pins are detached.
 
-        The caller holds the write lock, and so is the only one here (perhaps with
-        an outer call), and its thread is not in the gate.
+        The caller's thread is not in the gate. To move the map or to close it, it
+        holds the write lock.
 
         Raises
         ------
@@ -189,8 +189,33 @@ class Gate:
                 raise BusyError(
                     "A read in progress does not end, so the map can't be moved."
                 )
-            time.sleep(_SLICE)  # a reader is stuck: let the others read
+            time.sleep(SLICE)  # a reader is stuck: let the others read
         return results[0]
+
+    # A fork, in which no call of LMDB may be running
+
+    def stop(self) -> bool:
+        """Keep all reads out until `go_on`; return whether none is in.
+
+        As in `alone`, pins are detached.
+        """
+        if not self._bar.acquire(timeout=SLICE):
+            return False
+        self.barred = get_ident()
+        if not self._drained():
+            return False
+        for pin in self.pins():
+            pin.detach()
+        return True
+
+    def go_on(self) -> None:
+        """Let reads in again. Undoes what an interrupt has left of `stop`, too."""
+        if self.barred == get_ident():
+            self.barred = None
+        try:  # asking first would leave room for an interrupt
+            self._bar.release()
+        except RuntimeError:
+            pass  # it was not acquired
 
     def _try_alone(
         self, results: list[_R], action: Callable[..., _R], args: tuple[Any, ...]
@@ -210,7 +235,7 @@ class Gate:
                 pass
 
     def _drained(self) -> bool:
-        deadline = time.monotonic() + _SLICE
+        deadline = time.monotonic() + SLICE
         while True in self.readers.values():
             if time.monotonic() > deadline:
                 return False

@@ -58,6 +58,9 @@ class KeyCodec:
         )
         self.from_str = self._make_from_str()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.encoding, self.errors, self.normalize)
+
     def _make_from_str(self) -> Callable[[str], bytes]:
         encoding, errors = self.encoding, self.errors
         normalize: Any = self.normalize

@@ -12,9 +12,11 @@ import lmdb
 
 from ._gate import Pin, under
 from ._reading import LARGE, Batch, LargeValue, load, unpickle_error
+from .exceptions import ClosedError
 
 if TYPE_CHECKING:
     from ._keys import KeyCodec
+    from ._mapping import StoreMapping
     from ._source import Source
 
 CHUNK_BYTES = 2**20
@@ -77,18 +79,27 @@ class Scan(Pin):
 
     Each chunk shows one moment, pending writes included; between chunks nothing
     is held, so anything may be written, and the map may grow, in the midst of it.
+
+    It ends with an error when `owner`, whose view it is of, is closed.
     """
 
     __slots__ = (
-        *("_ahead", "_buffered", "_count", "_more", "_rest", "_reverse", "_rows"),
-        *("_seen", "_settled", "_values", "_views", "source"),
+        *("_ahead", "_buffered", "_count", "_inherited", "_more", "_rest", "_reverse"),
+        *("_rows", "_seen", "_settled", "_values", "_views", "owner", "source"),
     )
 
     def __init__(
-        self, source: Source, keys: KeyRange, reverse: bool, values: bool
+        self,
+        source: Source,
+        keys: KeyRange,
+        reverse: bool,
+        values: bool,
+        owner: StoreMapping[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         self.source = source
+        self.owner = owner
+        self._inherited = False  # from the parent process, by a fork
         self._rest = keys
         self._more = True
         self._reverse = reverse
@@ -136,9 +147,8 @@ class Scan(Pin):
             yield key, value
 
     def _chunks(self, codec: KeyCodec | None) -> Iterator[list[Any]]:
-        source = self.source
         while True:
-            rows = self._chunk() if self._more else []
+            rows = self._chunk() if self._more and not self._inherited else []
             if codec and rows:
                 if self._values:
                     keys, raws = zip(*rows, strict=True)
@@ -149,11 +159,21 @@ class Scan(Pin):
             # are at. Either that comes after this, or the check does after that.
             self._rows = rows
             done = not rows and not self._more  # before it can be emptied
-            if source.closed:
-                raise source.closed_error()
+            self._check()
             if done:
                 return
             yield rows
+
+    def _check(self) -> None:
+        if self._inherited:
+            raise ClosedError(
+                "This is a child process, and the iterator belongs to its parent, "
+                "which began it before the fork. Begin one here."
+            )
+        if self.source.closed:
+            raise self.source.closed_error()
+        if self.owner is not None and self.owner.closed:
+            raise self.owner._closed_error()
 
     def _chunk(self) -> list[Any]:
         """Return more entries (or keys) in order; none does not mean the end."""
@@ -277,6 +297,7 @@ class Scan(Pin):
 
     def release(self) -> None:
         super().release()
+        self._inherited = True
         self.stop()
 
     def stop(self) -> None:

@@ -37,8 +37,12 @@ class SnapshotSource(Source):
 
     lasting = True
 
-    def __init__(self, env: SharedEnvironment) -> None:
+    def __init__(
+        self, env: SharedEnvironment, owner: LmdbObjectStore[Any, Any]
+    ) -> None:
         self.env = env
+        self.owner = owner  # which ends it when it is closed; kept open so long
+        self._why = "it ends with its block"
         self.txn: lmdb.Transaction[Any] | None = None
         self._open: set[SnapshotSource] = set()  # where it is found while it is open
         # LMDB's transactions are for one thread at a time. Taken in the gate, and
@@ -78,11 +82,9 @@ class SnapshotSource(Source):
         return self.env
 
     def closed_error(self) -> ClosedError:
-        if self.env.closed:
-            return self.env.closed_error()
-        return ClosedError(
-            f"A snapshot of {self.env.path!r} is closed: it ends with its block."
-        )
+        if self.owner.closed:
+            return self.owner._closed_error()
+        return ClosedError(f"A snapshot of {self.env.path!r} is closed: {self._why}.")
 
     def close(self) -> None:
         """End it, without waiting. Doing it again does nothing.
@@ -111,8 +113,9 @@ class SnapshotSource(Source):
             except RuntimeError:
                 pass  # it was not acquired
 
-    def release(self) -> None:
+    def release(self, why: str = "") -> None:
         """Forget the transaction, which ends with the environment."""
+        self._why = why or self._why
         self.closed = True
         self._open.discard(self)
         self.txn = None
@@ -245,12 +248,12 @@ class SnapshotScope(Scope["Snapshot[_K, _V]"]):
     """The time for which a snapshot is open."""
 
     def __init__(self, store: LmdbObjectStore[_K, _V]) -> None:
-        self._store = store  # which without a reference would be closed
-        self._source = SnapshotSource(store._env)
+        self._store = store
+        self._source = SnapshotSource(store._env.shared, store)
 
     def enter(self) -> Snapshot[_K, _V]:
         store = self._store
-        store._env.open_snapshot(self._source)
+        self._source.env.open_snapshot(self._source)
         return Snapshot(store._path, store._codec, self._source)
 
     def leave(self, failure: type[BaseException] | None) -> None:
@@ -304,6 +307,9 @@ class Snapshot(StoreMapping[_K, _V]):
     def closed(self) -> bool:
         """Whether the snapshot is closed."""
         return self._open_source.closed
+
+    def _closed_error(self) -> ClosedError:
+        return self._open_source.closed_error()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} entries"

@@ -63,10 +63,12 @@ class Source(ABC):
         Call it in the gate.
         """
 
-    def end_scans(self) -> None:
-        """Empty the chunks that iterators are at, once this is closed."""
+    def end_scans(self, owner: object = None) -> None:
+        """Empty the chunks that iterators (of `owner`) are at, once it is closed."""
         for pin in self.gate.pins():
-            if isinstance(pin, Scan) and pin.source is self:
+            if not isinstance(pin, Scan) or pin.source is not self:
+                continue
+            if owner is None or pin.owner is owner:
                 pin.stop()
 
     # Reads
@@ -106,6 +108,8 @@ class Source(ABC):
         found: dict[bytes, Any] = {}
         while count:
             chunk, raws = gate.in_gate(stored.next_chunk)
+            if not chunk:
+                raise self.closed_error()  # it has been released: see `begin_anew`
             count -= len(chunk)
             if pending:
                 raws = list(map(pending.get, chunk, raws))

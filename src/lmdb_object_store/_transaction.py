@@ -79,10 +79,12 @@ class Block(Source):
         self.open = False  # whether the body runs: neither beginning nor ending
         self.committing = False
         self.lost = False  # by another thread, which can't end the transaction
+        self.inherited = False  # from the parent process, by a fork
         self.thread = get_ident()
         self.task = current_task()
         self.opened = time.monotonic()
         self.txn: lmdb.Transaction[Any] | None = None  # until it is used
+        self.used: lmdb.Transaction[Any] | None = None  # from then on
         self.id = 0  # of the transaction
         # Of each `with` statement: what its keys had been before it changed them.
         self._levels = [level]
@@ -119,7 +121,12 @@ class Block(Source):
         """End a ``with`` statement: commit if it is the outermost, or undo."""
         normally = failure is None
         levels = self._levels
-        if not any(level is other for other in levels):
+        if self.inherited:
+            if level is levels[0]:
+                self.env.block_ended(self)
+            if normally:
+                raise self.closed_error()
+        elif not any(level is other for other in levels):
             if normally:
                 raise self.closed_error()
         elif get_ident() != self.thread:
@@ -191,12 +198,12 @@ class Block(Source):
         Doing it again does nothing, or what an interrupt has prevented.
         """
         if not self._levels or os.getpid() != self._process:
-            return  # a child leaves it to `SharedEnvironment.disinherit`
+            return  # a child does `disinherit`
         self.open = False
         self.closed = True
         try:
             if self.txn is not None:
-                self.txn.abort()
+                self.env.in_gate(self.txn.abort)  # a fork must not come in the midst
         finally:
             try:  # as in Gate
                 self.env.block_ended(self)
@@ -209,10 +216,20 @@ class Block(Source):
         """Do what is left to do when this is not the environment's block any more."""
         self._why = self._why or why
         self.closed = True
-        self.txn = self.task = self._thread_end = None
+        self.txn = self.used = self.task = self._thread_end = None
         self.end_scans()
         self.buffer = {}
         self._levels = []
+
+    def disinherit(self) -> None:
+        """Leave it to the parent process, in a child made by fork.
+
+        Where the child itself was in its body, what follows in there raises.
+        """
+        self.inherited = True
+        levels = self._levels
+        self.end(", as it belongs to the parent process, which was forked inside it")
+        self._levels = levels
 
     def _lose(self, why: str) -> None:
         """End it for everybody but its thread, which has to end the transaction."""

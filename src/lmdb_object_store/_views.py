@@ -61,7 +61,7 @@ class _RangeView(MappingView):
         source = self._store._reading()
         if source.closed:
             raise source.closed_error()
-        return Scan(source, self.range, reverse, values)
+        return Scan(source, self.range, reverse, values, self._store)
 
     def _names(self) -> KeyCodec | None:
         codec = self._store._codec

@@ -16,7 +16,8 @@ from contextlib import suppress
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._gate import _SLICE, Gate, under
+from . import _process
+from ._gate import SLICE, Gate, under
 from .exceptions import BusyError, SnapshotOpenError
 
 if TYPE_CHECKING:
@@ -87,9 +88,14 @@ class Writers(Gate):
             or self.readers.get(me, False)
             # Private, but what threading.Condition relies on as well.
             or self.buffer_lock._is_owned()  # type: ignore[attr-defined]
+            or _process.forks_here()
             # A transaction block that begins or ends.
             or (block is not None and block.thread == me and not block.open)
         )
+
+    def writes(self) -> bool:
+        """Whether a thread may call LMDB to write, and does not wait for snapshots."""
+        return self.writer is not None and not self.moving
 
     def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
         """Call `action` under the write lock; it must not run user code.
@@ -149,7 +155,7 @@ class Writers(Gate):
         """
         while True:
             try:
-                if self.write_lock.acquire(timeout=_SLICE):
+                if self.write_lock.acquire(timeout=SLICE):
                     self._await_block(self._fail_if_moving)
                     return self._as_writer(news, action, args)
             finally:
@@ -173,6 +179,8 @@ class Writers(Gate):
         began = time.monotonic()
         told = False
         while (block := self.block) is not None and block.thread != me:
+            if block.inherited:
+                return  # it keeps nobody else from writing
             if block.lost:
                 raise BusyError(
                     f"A transaction block of {self.path!r} has been left in another "
@@ -201,8 +209,8 @@ class Writers(Gate):
     ) -> _R:
         if self.block is not None:
             self._await_block()
-        self.writer = get_ident()
         try:
+            self._begin_to_write()
             return action(*args)
         finally:
             try:
@@ -211,6 +219,13 @@ class Writers(Gate):
                 self._to_log = []
             finally:
                 pass
+
+    def _begin_to_write(self) -> None:
+        self.writer = get_ident()
+        while _process.fork_is_near():
+            self.writer = None
+            _process.await_fork()
+            self.writer = get_ident()
 
     # Waiting for snapshots
 
@@ -244,7 +259,7 @@ class Writers(Gate):
                     break
                 hopeless = (
                     self.hurried
-                    or self.barred is not None  # by this thread, and reads wait
+                    or self.barred == get_ident()  # and reads wait
                     or self._holds_snapshot()
                 )
                 if hopeless or self._has_waited_long():
@@ -258,6 +273,7 @@ class Writers(Gate):
         finally:
             try:  # as in Gate
                 self.moving = False
+                self._begin_to_write()  # after forks
             finally:
                 pass
 

@@ -44,6 +44,15 @@ class DiskError(lmdb.DiskError):
     """The disk is full or failing; whatever was pending is still pending."""
 
 
+class ReadersFullError(lmdb.ReadersFullError):
+    """All reader slots of the file are taken, by living readers.
+
+    Raised after `LmdbObjectStore.growth_timeout` seconds, or at once where this thread
+    has them all itself. Close snapshots sooner, or open the file with a larger
+    ``max_readers`` in all processes.
+    """
+
+
 class BusyError(lmdb.Error):
     """The call can't be served at this moment without a deadlock.
 
@@ -51,7 +60,9 @@ class BusyError(lmdb.Error):
     thread (a signal handler, a finalizer, an unpickling), after
     `LmdbObjectStore.growth_timeout` seconds to a call that waits for reads that
     don't end, and for what can't be done inside a transaction block: by another
-    asyncio task of its thread, or to close the store or take a snapshot.
+    asyncio task of its thread, or to close the store or take a snapshot. Also, to
+    open a file that is just being closed, or that this process can't open since it was
+    forked at a bad moment.
     """
 
 

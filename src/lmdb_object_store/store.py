@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from enum import Enum
+from functools import partial
 from itertools import chain
 from pickle import HIGHEST_PROTOCOL, dumps
 from types import (
@@ -22,7 +23,8 @@ import lmdb
 from ._environment import MAX_VALUE, SharedEnvironment
 from ._keys import KeyCodec, describe
 from ._mapping import _K, _T, _V, StoreMapping, refuse_single
-from ._process import register
+from ._opening import data_path, identity_of
+from ._process import Handle, share
 from ._ranges import ALL
 from ._scope import manager
 from ._snapshot import Snapshot, SnapshotScope
@@ -35,6 +37,7 @@ from .exceptions import (
     ClosedError,
     GrowthError,
     LostWritesError,
+    ReadOnlyError,
     SizeError,
 )
 
@@ -42,10 +45,44 @@ if TYPE_CHECKING:
     from _typeshed import SupportsItems, SupportsKeysAndGetItem
     from typing_extensions import Self
 
+_State = tuple[dict[str, Any], "int | None", float]
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
+_GROWTH_TIMEOUT = 60.0
 _CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
 _CONSTANTS += (type, FunctionType, BuiltinFunctionType)
 _ATTEMPTS = 100  # of popitem at an entry that is the last one all the time
+
+
+class _ClosedStore:
+    """What a closed store has in place of the environment, which others may use.
+
+    Whatever is called raises `ClosedError`, but for what has no need of the file.
+    """
+
+    closed = True
+    block = None
+    buffer: Mapping[bytes, bytes | None] = MappingProxyType({})
+    may_buffer = False
+
+    def __init__(self, env: SharedEnvironment, path: str, failed: bool) -> None:
+        self._env = env
+        self._path = path
+        self.lost = env.lost or (dict(env.buffer) if failed else {})
+        self.max_map_size = env.max_map_size
+        self.max_value = env.max_value
+        self.growth_timeout = env.growth_timeout
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.closed_error()
+
+    def set_cap(self, max_map_size: int | None) -> None:
+        self.max_map_size = max_map_size
+
+    def environment(self) -> lmdb.Environment:
+        return self._env.environment()
+
+    def closed_error(self) -> ClosedError:
+        return ClosedError(f"The store at {self._path!r} is closed.")
 
 
 class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
@@ -60,9 +97,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     what this process wrote. The map grows by itself.
 
     Any number of threads may use one store, and so may code that runs inside its
-    own operations: pickling hooks, finalizers, signal handlers. Other processes
-    may open the same file, each with a store of its own; a child made by fork has
-    to open its own, too.
+    own operations: pickling hooks, finalizers, signal handlers. All stores that a
+    process opens on one file share one environment and what is pending. Other
+    processes may open the file, too; a child made by fork may use the store that it
+    inherits, without what is pending in the parent; and a store can be pickled.
 
     Parameters
     ----------
@@ -84,7 +122,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     batch_bytes : int
         Bytes of buffered keys and pickled values that trigger a flush, >= 1.
     max_map_size : int, optional
-        Bytes up to which the map may grow by itself; None sets no limit.
+        Bytes up to which the map may grow by itself; None sets no limit, or leaves
+        that of the stores that have the file open.
     growth_timeout : float
         Seconds for which growth waits for open snapshots, and growth and close for
         reads that don't end.
@@ -98,7 +137,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     Raises
     ------
     TypeError, ValueError
-        An option that is not one of the above, or out of its range.
+        An option that is not one of the above, or out of its range, or not what
+        another store has opened the file with in this process.
     lmdb.Error
         The environment can't be opened.
     """
@@ -116,15 +156,17 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         str_normalize: str | None = None,
         batch_bytes: int = 64 * 2**20,
         max_map_size: int | None = None,
-        growth_timeout: float = 60.0,
+        growth_timeout: float = _GROWTH_TIMEOUT,
         **lmdb_kwargs: Any,
     ) -> None:
+        self._readonly = bool(lmdb_kwargs.get("readonly"))
         self.batch_size = batch_size
         self.batch_bytes = batch_bytes
         self.autoflush_on_read = bool(autoflush_on_read)
         codec = KeyCodec(key_encoding, key_errors, str_normalize)
         path = os.path.abspath(os.fsdecode(db_path))
-        map_size = lmdb_kwargs.get("map_size")
+        map_size = lmdb_kwargs.get("map_size", 0)
+        _check_int("map_size", map_size, 0)
         if max_map_size is not None:
             _check_int("max_map_size", max_map_size, map_size or 1)
             lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
@@ -138,14 +180,69 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             raise ValueError(
                 "max_spare_txns must be 0: cached transactions don't survive a fork."
             )
-        self._env = SharedEnvironment(path, lmdb_kwargs, max_map_size, growth_timeout)
-        codec.max_size = self._env.env.max_key_size()
         super().__init__(path, codec)
-        # At exit the module's own atexit function flushes; here the handle may
-        # still be in use.
-        finalizer = weakref.finalize(self, self._env.abandon)
-        finalizer.atexit = False
-        register(self._env)
+        self._options = lmdb_kwargs
+        self._open(max_map_size, growth_timeout, True)
+
+    def _open(self, cap: int | None, growth_timeout: float, explicit: bool) -> None:
+        """Use the environment of the file, and open it if nobody does yet.
+
+        Where that is `explicit`, the store should be closed, and has a say in what the
+        environment has as a whole.
+        """
+        path, options = self._path, self._options
+        self._handle = Handle()
+        env = share(
+            data_path(path, options),
+            partial(SharedEnvironment, path, options, cap, growth_timeout),
+            self._handle,
+            explicit,
+            options,
+            growth_timeout,
+        )
+        self._env = env
+        self._codec.max_size = self._max_key = env.max_key
+        env.raise_floor(options.get("map_size", 0))
+        # A default asks for nothing.
+        if explicit and cap is not None:
+            env.set_cap(cap)
+        if explicit and growth_timeout != _GROWTH_TIMEOUT:
+            env.growth_timeout = growth_timeout
+
+    def __getstate__(self) -> _State:
+        """Return what `__setstate__` needs: path and options, after a flush.
+
+        Raises
+        ------
+        ClosedError
+            The store is closed.
+        GrowthError, DiskError, lmdb.Error
+            The flush failed.
+        """
+        if not self._env.shared.readonly:
+            self._source().flush()
+        state = {**vars(self), "_options": {**self._options, "create": False}}
+        del state["_env"], state["_handle"]
+        return state, self.max_map_size, self.growth_timeout
+
+    def __setstate__(self, state: _State) -> None:
+        """Open the same file here, or share it if this process has it open.
+
+        Raises
+        ------
+        ClosedError
+            There is no such file.
+        lmdb.Error
+            It can't be opened.
+        """
+        attributes, max_map_size, growth_timeout = state
+        vars(self).update(attributes)
+        file = data_path(self._path, self._options)
+        if identity_of(file) is None:
+            raise ClosedError(
+                f"The store at {self._path!r} can't be opened here: there is no {file}."
+            )
+        self._open(max_map_size, growth_timeout, False)
 
     # Reads
 
@@ -194,7 +291,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         """
         encoded = self._codec.encode(key)
         env = self._source()
-        if flush and not self._env.readonly:
+        if flush and not self._readonly:
             env.flush()
         pending = env.buffer.get(encoded, ABSENT)
         if pending is not ABSENT:
@@ -257,7 +354,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         encoded: Any = key
         if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
             encoded = self._codec.encode(encoded)
-        env = self._env
+        env: Any = self._env
         try:
             raw = dumps(obj, HIGHEST_PROTOCOL)
         except Exception as error:
@@ -277,7 +374,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                     env.buffer[encoded] = raw
                     env.buffer_bytes = total
                     return
-        env.write(encoded, raw, self._batch_size, self._batch_bytes)
+        self._target().write(encoded, raw, self._batch_size, self._batch_bytes)
 
     __setitem__ = put
 
@@ -314,12 +411,12 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 raise
             if len(raw) > most:
                 self._refuse_value(key, len(raw))
-        self._source().write_many(batch)
+        self._target().write_many(batch)
 
     def delete(self, key: _K) -> None:
         """Delete what is stored under `key`, if anything. Buffered, like `put`."""
         encoded = self._codec.encode(key)
-        self._env.write(encoded, None, self._batch_size, self._batch_bytes)
+        self._target().write(encoded, None, self._batch_size, self._batch_bytes)
 
     def __delitem__(self, key: _K) -> None:
         """Delete what is stored under `key`; KeyError if there is nothing.
@@ -349,7 +446,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
             As for `put`. Nothing has been deleted then.
         """
-        env = self._source()
+        env = self._target()
         if isinstance(keys, StoreKeysView) and keys.is_of(self._env):
             return env.delete_range(keys.range)
         refuse_single("delete_many", keys)
@@ -357,7 +454,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     def clear(self) -> None:
         """Delete everything, in one transaction, as `delete_many` does."""
-        self._source().delete_range(ALL)
+        self._target().delete_range(ALL)
 
     # Reading and writing as one step for all threads of this process. A value is
     # unpickled without any lock; if somebody else changes it meanwhile, that is
@@ -377,7 +474,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         See `get` and `put`. Nothing has been deleted then.
         """
         encoded = self._codec.encode(key)
-        env = self._source()
+        env = self._target()
         env.check_writable()
         while True:
             raw, buffered = env.look_up(encoded)
@@ -399,7 +496,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         ------
         See `get` and `put`. Nothing has been deleted then.
         """
-        env = self._source()
+        env = self._target()
         env.check_writable()
         attempts = 0
         while (key := env.last_key()) is not None:
@@ -434,7 +531,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         See `get` and `put`.
         """
         encoded = self._codec.encode(key)
-        env = self._source()
+        env = self._target()
         env.check_writable()
         new = None
         while True:
@@ -509,7 +606,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             Inside and at the end: the block has been ended from elsewhere, as by
             another thread that closes the generator which it is in.
         """
-        return manager(BlockScope(self._env, lambda: self))
+        self._target()
+        return manager(BlockScope(self._env.shared, lambda: self))
 
     @overload
     def edit(self, key: _K) -> AbstractContextManager[_V, None]: ...
@@ -534,15 +632,17 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             What `get`, `put` and `transaction` raise. Nothing has changed then.
         """
         encoded: Any = self._codec.encode(key)
+        self._target()
         new = None if default is ABSENT else self._pickled(encoded, default)
 
         def begin() -> Any:
-            raw, buffered = self._source().look_up(encoded)
+            source = self._source()
+            raw, buffered = source.look_up(encoded)
             if raw is None:
                 raw, buffered = new, True
             if raw is None:
                 raise self._key_error(key)
-            value = self._env.unpickle(encoded, raw, buffered)
+            value = source.unpickle(encoded, raw, buffered)
             if _is_immutable(value):
                 raise TypeError(
                     f"The value of {describe(encoded)} can't be changed in place: it "
@@ -551,9 +651,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 )
             return value
 
-        return manager(
-            BlockScope(self._env, begin, lambda value: self.put(encoded, value))
-        )
+        env = self._env.shared
+        return manager(BlockScope(env, begin, lambda value: self.put(encoded, value)))
 
     def snapshot(self) -> AbstractContextManager[Snapshot[_K, _V], None]:
         """Return a context manager: the store as it is now, whatever comes.
@@ -596,13 +695,14 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
             As for `put`.
         """
-        self._source().flush()
+        self._target().flush()
 
     def close(self, *, strict: bool = False) -> None:
         """Flush, wait for reads in the database to end, sync and close.
 
-        Closing again does nothing. A value that another thread is unpickling
-        at this moment is unpickled to its end.
+        While other stores of this process have the same file open, that stays open,
+        with what could not be flushed. Closing again does nothing. A value that another
+        thread is unpickling at this moment is unpickled to its end.
 
         Parameters
         ----------
@@ -617,7 +717,13 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         BusyError
             Called while the same thread is inside another operation.
         """
-        error = self._env.close()
+        env: Any = self._env
+        if env.closed:
+            return
+        error = env.leave(weakref.ref(self._handle), self)
+        closed: Any = _ClosedStore(env, self._path, error is not None)
+        self._env = closed
+        env.end_scans(self)
         if error is not None and strict:
             raise LostWritesError("Final flush failed during close()") from error
 
@@ -670,9 +776,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         """The environment, for what the store does not wrap.
 
         It may be replaced by another object after an I/O error. Transactions of
-        your own must end before the map grows: growing invalidates them.
+        your own must end before the map grows, which invalidates them, and before a
+        fork: in the child they would be ended for both.
         """
-        return self._env.env
+        return self._env.environment()
 
     @property
     def write_buffer(self) -> Mapping[bytes, bytes | None]:
@@ -691,7 +798,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     def batch_size(self, value: int) -> None:
         _check_int("batch_size", value, 1)
         self._batch_size = value
-        self._room = value - 1  # a put into a shorter buffer doesn't make it full
+        # A put into a shorter buffer doesn't make it full.
+        self._room = -1 if self._readonly else value - 1
 
     @property
     def batch_bytes(self) -> int:
@@ -733,6 +841,19 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         env = self._env
         return env if env.block is None else env.current()
 
+    def _target(self) -> SharedEnvironment | Block:
+        """Return what to write to."""
+        env = self._source()
+        if self._readonly and not env.closed:
+            raise ReadOnlyError(
+                f"The store at {self._path!r} is read-only: it was opened with "
+                "readonly=True."
+            )
+        return env
+
+    def _closed_error(self) -> ClosedError:
+        return self._env.closed_error()
+
     def _reading(self) -> SharedEnvironment | Block:
         env = self._source()
         if env.buffer and self.autoflush_on_read:
@@ -740,7 +861,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         return env
 
     def _exchange(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
-        env = self._source()
+        env = self._target()
         return env.as_writer(env.exchange, key, expected, raw, self._limits())
 
     def _limits(self) -> tuple[int, int]:
