@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import pickle
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
     """Spare the tests' many collections what the test run itself consists of."""
     gc.collect()
@@ -39,6 +41,44 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, An
     for store in opened:  # in a thread: after a deadlock this would hang, too
         Worker(store.close).result()
     gc.collect()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script in `tmp_path`, by an interpreter of its own."""
+
+    def run(
+        script: str,
+        *arguments: object,
+        options: Sequence[str] = ("-W", "default"),
+        returncode: int = 0,
+    ) -> subprocess.CompletedProcess[str]:
+        # A file, not -c: children of multiprocessing import it.
+        (tmp_path / "script.py").write_text(script, "utf-8")
+        result = subprocess.run(
+            [sys.executable, *options, "script.py", *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == returncode, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return all that is on disk in one of the stores in `tmp_path`."""
+
+    def stored(name: str = "db") -> dict[str, Any]:
+        store: Any = LmdbObjectStore(tmp_path / name, readonly=True)
+        with store, store.env.begin() as txn:
+            return {key.decode(): pickle.loads(raw) for key, raw in txn.cursor()}
+
+    return stored
 
 
 @pytest.fixture
@@ -74,8 +114,9 @@ class Worker:
         """Wait until the thread has called `function`, where it can't say so."""
         pause = threading.Event()
         for _ in range(int(PATIENCE * 100)):
-            frames = sys._current_frames()  # noqa: SLF001 (documented all the same)
-            frame = frames.get(self._thread.ident or 0)
+            # Not kept, as it refers to all frames, and so to their transactions.
+            # Documented in spite of its underscore.
+            frame = sys._current_frames().get(self._thread.ident or 0)  # noqa: SLF001
             while frame is not None:
                 if frame.f_code.co_name == function:
                     return

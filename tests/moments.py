@@ -94,6 +94,41 @@ class Trip(int):
     now = property(_thread.interrupt_main)
 
 
+def outcome(action: Callable[[], Any]) -> Any:
+    """Return the result of `action`, or the class of its exception."""
+    try:
+        return action()
+    except Exception as error:
+        return type(error)
+
+
+@contextmanager
+def at_call(
+    method: str, action: Callable[[], Any], function: str | None = None
+) -> Iterator[list[Any]]:
+    """Let a signal handler do `action` where `method` of py-lmdb is called first.
+
+    With `function`, where that function of the library calls it. Yields a list for
+    the outcome.
+    """
+    results: list[Any] = []
+    trip = Trip(signal.SIGINT)
+
+    def hook(frame: Any, event: str, called: Any) -> None:
+        here = function in (None, frame.f_code.co_name)
+        if here and event == "c_call" and is_method(called, method):
+            sys.setprofile(None)
+            trip.now  # noqa: B018 (CPython calls the handler after the method)
+
+    with handling(lambda: results.append(outcome(action))):
+        sys.setprofile(hook)
+        try:
+            yield results
+        finally:
+            sys.setprofile(None)
+    assert results, f"{method}() was never called"
+
+
 def every_step(
     prepare: Callable[[], _T], action: Callable[[_T], Any]
 ) -> Iterator[tuple[_T, Any]]:

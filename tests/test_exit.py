@@ -1,51 +1,12 @@
 """What is pending when an interpreter, a thread or a child process ends."""
 
 import os
-import pickle
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
-from lmdb_object_store import LmdbObjectStore
-
-TIMEOUT = 60
 METHODS = ["spawn"] if os.name == "nt" else ["fork", "spawn", "forkserver"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Run a script in `tmp_path`, by an interpreter of its own."""
-
-    def run(script, *arguments, options=("-W", "default"), returncode=0):
-        # A file, not -c: children of multiprocessing import it.
-        (tmp_path / "script.py").write_text(script, "utf-8")
-        result = subprocess.run(
-            [sys.executable, *options, "script.py", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-        assert result.returncode == returncode, result.stderr
-        return result
-
-    return run
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """Return all that is on disk in one of the stores in `tmp_path`."""
-
-    def stored(name="db"):
-        store = LmdbObjectStore(tmp_path / name, readonly=True)
-        with store, store.env.begin() as txn:
-            return {key.decode(): pickle.loads(raw) for key, raw in txn.cursor()}
-
-    return stored
 
 
 OPEN = """
@@ -260,8 +221,8 @@ def test_exit_does_not_wait_for_ever_for_a_blocked_commit(run, stored):
     # Another process is LMDB's writer; a daemon thread waits for it in a commit.
     script = """
 import subprocess, sys, threading
-from lmdb_object_store import LmdbObjectStore, _environment
-_environment._EXIT_PATIENCE /= 25  # spares this test some seconds
+from lmdb_object_store import LmdbObjectStore, _lifecycle
+_lifecycle._EXIT_PATIENCE /= 25  # spares this test some seconds
 store = LmdbObjectStore("db", batch_size=2)
 store.put_many({b"flushed": 0})
 other = '''
@@ -414,179 +375,34 @@ if __name__ == "__main__":
     assert stored() == {f"{n}": n for n in range(20)}
 
 
-# os.fork()
-
-FORK = """
-import gc, os, signal, sys, threading
+GRANDCHILD = """
+import multiprocessing, sys
 from lmdb_object_store import LmdbObjectStore
-store = LmdbObjectStore("db", key_encoding="utf-8")
-store.put_many({"flushed": 0})
-store["pending"] = 1
 
-def wait_for(child):
-    "Fork, run `child` there, and return the child's exit code."
-    pid = os.fork()
-    if pid == 0:
-        child()
-        sys.exit()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def check_parent():
-    "Nothing but the parent's own writes is there, and it can go on."
-    assert store.env.stat()["entries"] == 1
-    assert dict(store.write_buffer).keys() == {b"pending"}
-    assert store.get_many(["flushed", "pending"])[0] == {b"flushed": 0, b"pending": 1}
-    store.put_many({str(n): n for n in range(1000)})
-    assert store["999"] == 999
-    store.close(strict=True)
-"""
-
-
-@needs_fork
-@pytest.mark.parametrize(
-    ("child", "code"),
-    [
-        ("pass", 0),
-        ("del globals()['store']; gc.collect()", 0),
-        ("store.close(strict=True)", 0),
-        ("raise ZeroDivisionError", 1),
-        ("os._exit(0)", 0),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
-    ],
-)
-def test_forked_child_leaves_the_pending_writes_to_the_parent(run, stored, child, code):
-    script = f"""{FORK}
-def child():
-    {child}
-
-assert wait_for(child) == {code}
-check_parent()
-"""
-    # sys.exit() and the exception end the child here as a script ends.
-    result = run(script)
-    assert "lost" not in result.stderr
-    assert "not closed" not in result.stderr
-    assert len(stored()) == 1002
-
-
-@needs_fork
-@pytest.mark.parametrize(
-    "use",
-    [
-        "store['flushed']",
-        "store['pending']",
-        "store.get('pending')",
-        "'pending' in store",
-        "store.exists('pending')",
-        "store.get_many(['pending'])",
-        "store.put('child', 1)",
-        "store.put_many({'child': 1})",
-        "store.delete('flushed')",
-        "store.__delitem__('pending')",
-        "store.flush()",
-    ],
-)
-def test_inherited_store_says_what_to_do(run, stored, use):
-    script = f"""{FORK}
-def child():
-    try:
-        print({use})
-    except Exception as error:
-        print(type(error).__name__, error, sep=": ")
-
-wait_for(child)
-check_parent()
-"""
-    [message] = run(script).stdout.splitlines()
-    assert message.startswith("ClosedError: ")
-    assert "closed" in message
-    assert "Open a store of your own" in message
-    assert len(stored()) == 1002
-
-
-@needs_fork
-@pytest.mark.parametrize("name", ["db", "other"])
-@pytest.mark.parametrize("end", ["own.close()", "pass"])
-def test_forked_child_opens_a_store_of_its_own(run, stored, name, end):
-    script = f"""{FORK}
-def child():
-    global own
-    own = LmdbObjectStore({name!r}, key_encoding="utf-8")
-    assert own.get("pending") is None
-    own["child"] = 2
-    {end}
-
-assert wait_for(child) == 0
-store.close(strict=True)
-"""
-    result = run(script)
-    assert result.stderr.count("was not closed") == (end == "pass")
-    expected = {"db": {"flushed": 0, "pending": 1}, "other": {}}
-    expected[name]["child"] = 2
-    assert stored() == expected["db"]
-    assert name == "db" or stored("other") == expected["other"]
-
-
-@needs_fork
-def test_fork_in_the_middle_of_reading_a_large_value(run, stored):
-    # If the child freed the reader slot that it inherits, the parent's writes
-    # would overwrite what the parent still has to read.
-    script = f"""{FORK.replace('"db"', '"db", map_size=2**28')}
-class Forks:
-    def __init__(self):
-        self.count = 0
-
-    def __setstate__(self, state):
-        assert wait_for(lambda: LmdbObjectStore("db").close()) == 0
-        store.delete("large")
-        for _ in range(8):
-            store.put_many({{"filler": bytes(2**21)}})
-
-parts = [bytes([n]) * 2**17 for n in range(16)]
-store.put_many({{"large": [Forks(), parts], "filler": bytes(2**18)}})
-assert store["filler"] == bytes(2**18)
-assert store["large"][1] == parts
-store.close(strict=True)
-"""
-    run(script)
-    assert stored() == {"flushed": 0, "pending": 1, "filler": bytes(2**21)}
-
-
-@needs_fork
-def test_fork_while_another_thread_is_flushing(run, stored):
-    script = f"""{FORK}
 def write():
-    n = 0
-    while not done:
-        store[f"thread {{n}}"] = n
-        store.flush()
-        n += 1
-    print(n)
+    store["grandchild"] = 1
 
-def child():
-    for use in store.flush, lambda: store["flushed"], lambda: store.put("child", 1):
-        try:
-            use()
-        except Exception as error:
-            assert "Open a store of your own" in str(error)
-        else:
-            raise AssertionError
+def work():
+    global store
+    store = LmdbObjectStore("db", key_encoding="utf-8")
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    process.join()
     store.close()
 
-done = False
-thread = threading.Thread(target=write)
-thread.start()
-try:
-    for _ in range(10):
-        assert wait_for(child) == 0
-finally:
-    done = True
-thread.join()
-store.close(strict=True)
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 """
-    written = int(run(script).stdout)
-    keys = {"flushed", "pending", *(f"thread {n}" for n in range(written))}
-    assert stored().keys() == keys
+
+
+@needs_fork
+@pytest.mark.parametrize("method", METHODS)
+def test_child_of_a_child_that_does_not_close(run, stored, method):
+    run(GRANDCHILD, method)
+    assert stored() == {"grandchild": 1}
 
 
 # Transaction blocks

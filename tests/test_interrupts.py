@@ -380,7 +380,7 @@ def test_opening_may_be_interrupted_at_every_moment(tmp_path):
             result.__traceback__ = None
         else:
             result.close()
-        gc.collect()
+        gc.collect(1)  # what is young
         with LmdbObjectStore(path) as store:  # refused if the file is still open
             store[b"a"] = 1
         shutil.rmtree(path)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import pytest
 
 from conftest import PATIENCE
 from lmdb_object_store import BusyError, ClosedError, ConflictError, LmdbObjectStore
-from moments import Parked, Trip, handling, is_method
+from moments import Parked, at_call
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
@@ -22,37 +21,6 @@ def store(open_store):
     store = open_store(key_encoding="utf-8")
     store.put_many({"a": 1, "b": 2})
     return store
-
-
-@contextmanager
-def at_call(method, action, function=None):
-    """Let a signal handler do `action` where `method` of py-lmdb is called first.
-
-    With `function`, where that function of the library calls it.
-    """
-    results = []
-    trip = Trip(signal.SIGINT)
-
-    def hook(frame, event, called):
-        here = function in (None, frame.f_code.co_name)
-        if here and event == "c_call" and is_method(called, method):
-            sys.setprofile(None)
-            trip.now  # noqa: B018 (CPython calls the handler after the method)
-
-    with handling(lambda: results.append(outcome(action))):
-        sys.setprofile(hook)
-        try:
-            yield results
-        finally:
-            sys.setprofile(None)
-    assert results, f"{method}() was never called"
-
-
-def outcome(action):
-    try:
-        return action()
-    except Exception as error:
-        return type(error)
 
 
 @contextmanager
@@ -91,7 +59,7 @@ def commit_elsewhere(store, key):
 
 
 def test_a_read_without_a_reader_slot_does_not_wait_for_a_block(open_store, in_thread):
-    store = open_store(max_readers=1)
+    store = open_store(max_readers=1, growth_timeout=0)
     store.put_many({b"a": 1})
     with held(in_thread, store.snapshot()), store.transaction():
         store[b"b"] = 2

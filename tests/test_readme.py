@@ -53,7 +53,7 @@ def test_python_block_runs_and_prints_what_it_says(tmp_path, code):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert "Warning" not in run.stderr  # every store is closed
+    assert "was not closed" not in run.stderr
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert run.stdout.splitlines() == expected
 

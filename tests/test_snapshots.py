@@ -557,7 +557,7 @@ def test_a_context_manager_is_for_one_block(store):
 
 @ENGINES
 def test_snapshots_beyond_max_readers(open_store, in_thread, lib_version):
-    store = open_store(lib_version=lib_version, max_readers=6)
+    store = open_store(lib_version=lib_version, max_readers=6, growth_timeout=0)
     store[b"key"] = 0
     with ExitStack() as stack:
         snapshots = []
@@ -607,6 +607,7 @@ def test_reader_slots_of_a_killed_process_are_cleared(open_store, lib_version):
     ) as other:
         try:
             assert other.stdout.readline().strip() == b"ReadersFullError"
+            store.growth_timeout = 0
             with pytest.raises(lmdb.ReadersFullError), store.snapshot():
                 pytest.fail("opened")
         finally:
