@@ -7,13 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from conftest import PATIENCE
 from lmdb_object_store import LmdbObjectStore
 
-INDEX_STDLIB = Path(__file__).with_name("examples") / "index_stdlib.py"
+EXAMPLES = Path(__file__).with_name("examples")
+INDEX_STDLIB = EXAMPLES / "index_stdlib.py"
+DASK_REDUCE = EXAMPLES / "dask_reduce.py"
 
 Indexed = tuple[Path, "subprocess.CompletedProcess[str]"]
 
@@ -88,3 +93,64 @@ def test_progress_counts_on_a_terminal(tmp_path: Path) -> None:
         example.kill()
         example.wait()
         os.close(watcher)
+
+
+def test_dask_workers_find_what_a_loop_finds(tmp_path: Path) -> None:
+    command = [sys.executable, str(DASK_REDUCE), "--path", str(tmp_path)]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")  # no progress without a terminal
+    report = re.fullmatch(
+        r"Python .*\n"
+        r"writing  \d+\.\d\d s for ([\d,]+) modules\n"
+        r"reading  \d+\.\d\d s for ([\d,]+) modules in 16 ranges by (\d+) processes\n"
+        r"found    ([\d,]+) calls of ([\d,]+) names\n"
+        r"((?: *[\d,]+ \w+\n){5})",
+        run.stdout,
+    )
+    assert report, run.stdout
+    written, read, processes, calls, names = (
+        int(n.replace(",", "")) for n in report.groups()[:5]
+    )
+    assert processes == 2
+
+    counts: Counter[str] = Counter()
+    with (
+        LmdbObjectStore[str, bytes](
+            tmp_path, key_encoding="utf-8", readonly=True
+        ) as store,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about invalid escapes
+        assert 100 < written == read == len(store)
+        for source in store.values():
+            for node in ast.walk(ast.parse(source)):
+                match node:
+                    case ast.Call(ast.Name(name) | ast.Attribute(attr=name)):
+                        counts[name] += 1
+    assert (calls, names) == (counts.total(), len(counts))
+    shown = [line.split() for line in report[6].splitlines()]
+    top = [int(times.replace(",", "")) for times, _ in shown]
+    assert top == [times for _, times in counts.most_common(5)]
+    assert top == [counts[name] for _, name in shown]
+
+
+def test_dask_progress_on_a_terminal(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+    watcher, terminal = pty.openpty()
+    command = [sys.executable, str(DASK_REDUCE), "--path", str(tmp_path)]
+    example = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    try:
+        while chunk := os.read(watcher, 1024):
+            seen += chunk
+    except OSError:  # all have closed the terminal
+        pass
+    finally:
+        os.close(watcher)
+    assert example.wait(PATIENCE) == 0, seen
+    # One line, overwritten again and again and cleared in the end.
+    assert re.match(rb"\r\[#* *\] \| +\d+% Completed \|", seen), seen
+    assert b"\n" not in seen
