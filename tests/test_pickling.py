@@ -691,3 +691,16 @@ print(store["a"], store.key_encoding, store.db_path)
     )
     assert result.stdout == f"1 utf-8 {tmp_path / 'db'}\n"
     assert result.stderr == ""
+
+
+def test_an_older_pickle_changes_nothing_of_what_is_open(open_store):
+    store = open_store(max_map_size=2**20, growth_timeout=5)
+    older = pickle.dumps(store)
+    store.max_map_size = 2**24
+    store.growth_timeout = 7
+    with pickle.loads(older) as copied:
+        assert (copied.max_map_size, copied.growth_timeout) == (2**24, 7)
+    assert (store.max_map_size, store.growth_timeout) == (2**24, 7)
+    store.close()
+    with pickle.loads(older) as copied:
+        assert (copied.max_map_size, copied.growth_timeout) == (2**20, 5)

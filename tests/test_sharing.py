@@ -1152,6 +1152,23 @@ def test_opening_while_a_close_does_not_end(open_store, in_thread):
         assert again[b"a"] == 1
 
 
+def test_a_store_that_a_read_keeps_from_closing_stays_open(open_store, in_thread):
+    store = open_store(growth_timeout=0)
+    store.put_many({b"a": 1})
+    with Parked(in_thread, "get", lambda: store.get(b"a")) as parked:
+        with pytest.raises(BusyError, match="read in progress"):
+            store.close()
+        assert not store.closed
+        store[b"b"] = 2
+        assert store.write_buffer
+        with open_store() as other:
+            assert other[b"b"] == 2
+        assert parked.release() == 1
+    store.close(strict=True)
+    with open_store(max_dbs=1) as again:
+        assert dict(again) == {b"a": 1, b"b": 2}
+
+
 def test_a_file_system_that_gives_no_numbers(open_store, monkeypatch, tmp_path):
     real = os.stat
 
