@@ -110,19 +110,27 @@ class Worker:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def wait_until_in(self, function: str) -> None:
-        """Wait until the thread has called `function`, where it can't say so."""
+    def wait_until_in(self, function: str, inside: bool = True) -> None:
+        """Wait until the thread is inside of `function`, where it can't say so.
+
+        Or, if not `inside`, until it is outside.
+        """
         pause = threading.Event()
         for _ in range(int(PATIENCE * 100)):
-            # Not kept, as it refers to all frames, and so to their transactions.
-            # Documented in spite of its underscore.
-            frame = sys._current_frames().get(self._thread.ident or 0)  # noqa: SLF001
-            while frame is not None:
-                if frame.f_code.co_name == function:
-                    return
-                frame = frame.f_back
+            if (function in self._functions()) == inside:
+                return
             pause.wait(0.01)
         raise AssertionError(f"the thread never came to {function}()")
+
+    def _functions(self) -> list[str]:
+        # Not kept, as it refers to all frames, and so to their transactions.
+        # Documented in spite of its underscore.
+        frame = sys._current_frames().get(self._thread.ident or 0)  # noqa: SLF001
+        names = []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return names
 
     def result(self) -> Any:
         self._thread.join(PATIENCE)

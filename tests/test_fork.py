@@ -466,10 +466,27 @@ def test_a_fork_waits_for_a_read(open_store, in_thread):
     store.put_many({b"key": 1})
     with Parked(in_thread, "get", lambda: store.get(b"key")) as reading:
         forking = in_thread(lambda: fork(lambda: store[b"key"] == 1))
-        forking.wait_until_in("_before_fork")
+        forking.wait_until_in("_drained")
+        # Others are let in again and again.
+        assert in_thread(lambda: store[b"key"]).result() == 1
         assert forking.running
         assert reading.release() == 1
         assert forking.result() == 0
+
+
+def test_a_fork_waits_for_a_read_that_looks_for_a_slot(open_store, in_thread):
+    store = open_store(max_readers=1)
+    store.put_many({b"key": 1})
+    with store.snapshot():
+        reading = Parked(in_thread, "reader_check", lambda: store[b"key"])
+        with reading:
+            forking = in_thread(lambda: fork(lambda: not store.closed))
+            for inside in True, False, True:  # it tries again and again
+                forking.wait_until_in("stop", inside)
+            assert forking.running
+            reading.leave()
+            assert forking.result() == 0
+    assert reading.release() == 1
 
 
 def test_a_fork_waits_for_no_block_and_no_snapshot(open_store, in_thread):
@@ -840,6 +857,75 @@ parent()
 assert os.waitpid(pid, 0)[1] == 0
 """
     run(script, options=("-W", "ignore::DeprecationWarning"))
+
+
+MIDST = f"""{FORK}
+from conftest import Worker
+from lmdb_object_store import _process
+from moments import Parked
+
+class Forks:
+    def __reduce__(self):
+        return fork, ()
+
+def fork():
+    global pid
+    with Parked(Worker, "get", lambda: store["key"]):
+        pid = os.fork()
+
+store = open_store()
+numbers = {{f"{{n:03}}": n for n in range(1, 200)}}
+store.put_many({{"key": 1, "000": Forks(), **numbers}})
+_process._PATIENCE = 0.1
+try:
+    found, _ = store.get_many([f"{{n:03}}" for n in range(200)])
+except ClosedError as error:
+    assert pid == 0
+    assert "forked in the middle" in str(error), error
+    os._exit(0)
+assert pid != 0 and len(found) == 200
+assert os.waitpid(pid, 0)[1] == 0
+store.close(strict=True)
+"""
+
+
+def test_a_child_can_not_go_on_if_a_read_did_not_end(run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    run(MIDST, options=("-W", "ignore::DeprecationWarning"))
+
+
+NESTED = f"""{FORK}
+def refused(action):
+    try:
+        action()
+    except ClosedError as error:
+        return "parent process" in str(error)
+
+store = open_store()
+store.put_many({{"key": 1}})
+try:
+    with store.transaction():
+        store["key"] = 2
+        try:
+            with store.transaction():
+                pid = os.fork()
+                if pid:
+                    assert os.waitpid(pid, 0)[1] == 0
+        except ClosedError:
+            assert pid == 0
+            assert refused(lambda: store["key"])
+except ClosedError:
+    assert pid == 0
+    assert store["key"] == 1
+    os._exit(0)
+assert pid != 0
+assert store["key"] == 2
+store.close(strict=True)
+"""
+
+
+def test_a_child_forked_inside_nested_blocks(run):
+    run(NESTED)
 
 
 def test_children_killed_while_they_write(run, stored):

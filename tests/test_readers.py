@@ -227,3 +227,14 @@ def test_a_file_that_is_closed_while_a_read_waits_for_a_slot(open_store, in_thre
         waiting.result()
     ended.set()
     holding.result()
+
+
+def test_a_file_that_is_opened_again_waits_for_a_slot(open_store, hold, in_thread):
+    store = open_store(max_readers=2)
+    store.put_many({b"key": 1})
+    holder = hold(store.db_path, 0, 2, 2)
+    store.env.close()
+    reading = in_thread(lambda: store[b"key"])
+    reading.wait_until_in("_open")
+    holder.kill()
+    assert reading.result() == 1

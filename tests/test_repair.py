@@ -57,7 +57,7 @@ def test_large_values_in_each_other_need_no_more_slots_than_there_are(nested):
 
 
 def test_slots_that_others_hold_are_told_of(open_store):
-    store = open_store(max_readers=1)
+    store = open_store(max_readers=1, growth_timeout=0)
     store[b"k"] = 1
     store.flush()
     with store.env.begin(), pytest.raises(lmdb.ReadersFullError):
@@ -307,3 +307,13 @@ def test_a_file_that_grows_while_it_is_opened_is_opened_again(
         with LmdbObjectStore(tmp_path) as store:
             store[b"k"] = 1
         assert len(opened) == 2
+
+
+def test_two_reads_that_meet_the_same_error(open_store, in_thread):
+    store = open_store()
+    store.put_many({b"key": 1})
+    store.env.close()
+    with Parked(in_thread, "info", lambda: store[b"key"]) as first:
+        second = in_thread(lambda: store[b"key"])
+        second.wait_until_in("as_writer")
+        assert first.release() == second.result() == 1

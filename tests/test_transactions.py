@@ -491,6 +491,22 @@ def test_a_read_only_store_has_no_blocks(store, open_store, begin, shared):
     assert_is(reader, START)
 
 
+def test_another_task_can_not_enter_what_was_made_before(store):
+    manager = store.transaction()
+
+    async def other():
+        with pytest.raises(BusyError, match="another asyncio task"), manager:
+            pytest.fail("the block ran")
+
+    async def main():
+        with store.transaction():
+            store["a"] = 5
+            await asyncio.create_task(other())
+
+    asyncio.run(main())
+    assert_is(store, {**START, "a": 5})
+
+
 def test_what_is_pending_and_has_no_room_raises_at_entry(open_store):
     store = open_store(map_size=SMALL_MAP, max_map_size=SMALL_MAP, sync=False)
     for number in range(SMALL_MAP // 1000 + 1):

@@ -241,9 +241,6 @@ class SharedEnvironment(Lifecycle):
         buffer, so no other thread can have seen it.
         """
         block = self.block
-        if block is not None and block is self.current():
-            block.write(key, raw)
-            return
         count = len(self.buffer) + (key not in self.buffer)
         size = len(key) + len(raw or b"")
         total = self.buffer_bytes + size

@@ -10,7 +10,6 @@ from ._keys import KeyCodec, describe
 from ._ranges import ALL
 from ._source import ABSENT, Source
 from ._views import StoreItemsView, StoreKeysView, StoreValuesView
-from .exceptions import ClosedError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -50,10 +49,6 @@ class StoreMapping(Mapping[_K, _V]):
     @abstractmethod
     def closed(self) -> bool:
         """Whether this is closed."""
-
-    @abstractmethod
-    def _closed_error(self) -> ClosedError:
-        """Return what every use of it raises then."""
 
     @abstractmethod
     def _source(self) -> Source:

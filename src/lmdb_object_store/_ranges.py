@@ -167,13 +167,13 @@ class Scan(Pin):
     def _check(self) -> None:
         if self._inherited:
             raise ClosedError(
-                "This is a child process, and the iterator belongs to its parent, "
-                "which began it before the fork. Begin one here."
+                "This iterator belongs to the parent process, which began it before "
+                "the fork. Begin one in this child process."
             )
         if self.source.closed:
             raise self.source.closed_error()
         if self.owner is not None and self.owner.closed:
-            raise self.owner._closed_error()
+            raise self.owner._source().closed_error()
 
     def _chunk(self) -> list[Any]:
         """Return more entries (or keys) in order; none does not mean the end."""

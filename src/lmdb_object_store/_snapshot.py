@@ -83,7 +83,7 @@ class SnapshotSource(Source):
 
     def closed_error(self) -> ClosedError:
         if self.owner.closed:
-            return self.owner._closed_error()
+            return self.owner._source().closed_error()
         return ClosedError(f"A snapshot of {self.env.path!r} is closed: {self._why}.")
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class SnapshotSource(Source):
             if self._lock_free:
                 return get(key)
             self._check_locks(outer)
-            return under(self.buffer_lock, get, key)
+            return under(self.buffer_lock, self._fetch, key)
         finally:
             try:
                 if outer is None:
@@ -192,6 +192,12 @@ class SnapshotSource(Source):
                     readers[me] = outer
             finally:
                 pass
+
+    def _fetch(self, key: bytes) -> Any:
+        get = self._get  # again, as `close` may have come before the lock
+        if get is None:
+            raise self.closed_error()
+        return get(key)
 
     def _share(self, outer: bool | None = None) -> None:
         """Let other threads in than the one that has opened this.
@@ -307,9 +313,6 @@ class Snapshot(StoreMapping[_K, _V]):
     def closed(self) -> bool:
         """Whether the snapshot is closed."""
         return self._open_source.closed
-
-    def _closed_error(self) -> ClosedError:
-        return self._open_source.closed_error()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} entries"

@@ -65,7 +65,6 @@ class _ClosedStore:
     may_buffer = False
 
     def __init__(self, env: SharedEnvironment, path: str, failed: bool) -> None:
-        self._env = env
         self._path = path
         self.lost = env.lost or (dict(env.buffer) if failed else {})
         self.max_map_size = env.max_map_size
@@ -77,9 +76,6 @@ class _ClosedStore:
 
     def set_cap(self, max_map_size: int | None) -> None:
         self.max_map_size = max_map_size
-
-    def environment(self) -> lmdb.Environment:
-        return self._env.environment()
 
     def closed_error(self) -> ClosedError:
         return ClosedError(f"The store at {self._path!r} is closed.")
@@ -775,7 +771,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     def env(self) -> lmdb.Environment:
         """The environment, for what the store does not wrap.
 
-        It may be replaced by another object after an I/O error. Transactions of
+        ClosedError once the store is closed. It may be replaced by another object
+        after an I/O error. Transactions of
         your own must end before the map grows, which invalidates them, and before a
         fork: in the child they would be ended for both.
         """
@@ -850,9 +847,6 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 "readonly=True."
             )
         return env
-
-    def _closed_error(self) -> ClosedError:
-        return self._env.closed_error()
 
     def _reading(self) -> SharedEnvironment | Block:
         env = self._source()
