@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import lmdb
 import pytest
@@ -56,6 +56,18 @@ def commit_elsewhere(store, key):
         )
         == 0
     )
+
+
+def test_a_snapshot_that_ends_while_a_read_waits_for_another(store, in_thread):
+    with ExitStack() as stack:
+        snapshot = stack.enter_context(store.snapshot())
+        with Parked(in_thread, "get", lambda: snapshot["a"]) as first:
+            second = in_thread(lambda: snapshot["b"])
+            second.wait_until_in("under")
+            stack.close()
+            assert first.release() == 1
+            with pytest.raises(ClosedError):
+                second.result()
 
 
 def test_a_read_without_a_reader_slot_does_not_wait_for_a_block(open_store, in_thread):

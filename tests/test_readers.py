@@ -171,6 +171,7 @@ def test_a_table_full_of_living_readers(open_store, hold):
         lambda: list(store),
         lambda: len(store),
         lambda: store.pop(b"key"),
+        lambda: store.__delitem__(b"key"),
         lambda: store.get_many([b"key"]),
     ):
         with pytest.raises(ReadersFullError, match=r"slots of .* are taken"):
