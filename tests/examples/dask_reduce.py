@@ -153,7 +153,7 @@ def main() -> None:
                     n_workers=arguments.workers,
                     threads_per_worker=1,
                     host="127.0.0.1",
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # any free port
                     local_directory=Path(temporary, "dask"),
                 ) as cluster,
                 Client(cluster) as client,
