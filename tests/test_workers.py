@@ -202,3 +202,28 @@ def test_what_processes_and_tasks_write_is_on_disk(tmp_path, run, stored, method
     written = {f"{name} {number}": number for name in names for number in range(50)}
     assert stored() == {"given": "given", **written}
     verify(tmp_path / "db")
+
+
+JOBLIB = f"""{WRITERS.partition("if __name__")[0]}
+from joblib import Parallel, delayed
+
+if __name__ == "__main__":
+    with LmdbObjectStore("db", key_encoding="utf-8", sync=False) as store:
+        store["given"] = "given"
+        for backend in sys.argv[1:]:
+            names = [f"{{backend}} {{number}}" for number in range(6)]
+            tasks = (delayed(write)(store, name) for name in names)
+            for pid, *read in Parallel(2, backend=backend, timeout=30)(tasks):
+                assert (pid == os.getpid()) == (backend == "threading")
+                assert read == [0, "given"]
+            assert all(store[f"{{name}} 49"] == 49 for name in names)
+"""
+
+
+def test_what_tasks_of_joblib_write_is_on_disk(tmp_path, run, stored):
+    backends = ["loky", "multiprocessing", "threading"]
+    assert run(JOBLIB, *backends, options=OPTIONS).stderr == ""
+    names = [f"{backend} {n}" for backend in backends for n in range(6)]
+    numbers = {f"{name} {number}": number for name in names for number in range(50)}
+    assert stored() == {"given": "given", **numbers}
+    verify(tmp_path / "db")
