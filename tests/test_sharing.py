@@ -1136,11 +1136,11 @@ def test_opening_inside_the_opening_of_the_same_file(open_store):
 
 
 def test_opening_while_a_close_does_not_end(open_store, in_thread):
-    store = open_store(growth_timeout=0)
+    store = open_store()
     store[b"a"] = 1
     with Parked(in_thread, "sync", store.close) as closing:
         with pytest.raises(BusyError, match="middle of being closed"):
-            open_store()
+            open_store(growth_timeout=0)
         closing.release()
     with open_store() as again:
         assert again[b"a"] == 1
@@ -1161,6 +1161,24 @@ def test_a_store_that_a_read_keeps_from_closing_stays_open(open_store, in_thread
     store.close(strict=True)
     with open_store(max_dbs=1) as again:
         assert dict(again) == {b"a": 1, b"b": 2}
+
+
+def test_opening_while_a_close_gives_up(open_store, in_thread):
+    store = open_store(growth_timeout=0)
+    store.put_many({b"a": 1})
+    with (
+        Parked(in_thread, "get", lambda: store.get(b"a")) as reading,
+        Parked(in_thread, "sync", store.close) as closing,
+    ):
+        opening = in_thread(open_store)
+        opening.wait_until_in("await_close")
+        with pytest.raises(BusyError, match="read in progress"):
+            closing.release()
+        other = opening.result()  # long before its own growth_timeout is over
+        assert reading.release() == 1
+    assert other.env is store.env
+    store.close(strict=True)
+    assert other[b"a"] == 1
 
 
 def test_a_file_system_that_gives_no_numbers(open_store, monkeypatch, tmp_path):

@@ -180,12 +180,15 @@ class Lifecycle(Writers, Source):
         self._handles[weakref.ref(handle, self._abandon)] = warn
         return True
 
-    def await_close(self) -> None:
-        """Wait until this is closed."""
+    def await_close(self, deadline: float) -> None:
+        """Wait until this is closed, or stays open as a read kept it from closing.
+
+        In slices, as an interrupt of the thread that closes could leave the lock of a
+        Condition held.
+        """
         if self.unsound:
             raise BusyError(f"{self.path!r} can't be opened here: {_UNSOUND}.")
-        deadline = time.monotonic() + self.growth_timeout
-        while not self.closed:
+        while self.closing and not self.closed:
             if self.inside() or time.monotonic() > deadline:
                 raise BusyError(
                     f"The store at {self.path!r} is in the middle of being closed. "

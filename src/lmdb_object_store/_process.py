@@ -71,7 +71,8 @@ def share(
     wanted : dict
         The arguments of `lmdb.open` that an environment has to fit that is open.
     timeout : float
-        Seconds to wait for a free reader slot, which LMDB needs to open a file.
+        Seconds to wait for a free reader slot, which LMDB needs to open a file, and
+        for the end of a close.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def share(
             continue
         if env.enter(handle, warn, wanted):
             return env
-        env.await_close()
+        env.await_close(deadline)
 
 
 def _find_or_make(

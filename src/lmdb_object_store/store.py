@@ -121,8 +121,9 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         Bytes up to which the map may grow by itself; None sets no limit, or leaves
         that of the stores that have the file open.
     growth_timeout : float
-        Seconds for which growth waits for open snapshots, and growth and close for
-        reads that don't end.
+        Seconds for which growth waits for open snapshots, growth and close for reads
+        that don't end, reads and opening for a free reader slot, and opening for a
+        store of the same file that this process is just closing.
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
@@ -135,6 +136,11 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     TypeError, ValueError
         An option that is not one of the above, or out of its range, or not what
         another store has opened the file with in this process.
+    ReadersFullError
+        No reader slot became free within `growth_timeout` seconds.
+    BusyError
+        This process is just closing a store of the same file, and that does not end;
+        or it was forked in the middle of an operation that did not end.
     lmdb.Error
         The environment can't be opened.
     """
