@@ -149,6 +149,7 @@ def test_dask_progress_on_a_terminal(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
     watcher, terminal = pty.openpty()
     command = [sys.executable, str(DASK_REDUCE), "--path", str(tmp_path)]
+    # What Dask logs would break the line.
     environment = os.environ | {"DASK_LOGGING__DISTRIBUTED": "critical"}
     example = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=terminal

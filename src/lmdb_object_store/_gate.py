@@ -51,6 +51,12 @@ def under(lock: RLock, action: Callable[..., _R], *args: Any) -> _R:
         del failure  # it refers to this frame
 
 
+def is_mine(lock: RLock) -> bool:
+    """Whether this thread holds a lock, as it does if it has been interrupted there."""
+    # Private, but what threading.Condition relies on as well.
+    return bool(lock._is_owned())  # type: ignore[attr-defined]
+
+
 class Pin(ABC):
     """A read that spans several passages of the gate. Weakly known to the gate."""
 

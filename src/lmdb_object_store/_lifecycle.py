@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import lmdb
 
-from ._gate import SLICE, under
+from ._gate import SLICE, is_mine, under
 from ._opening import (
     check_shared,
     data_path,
@@ -359,14 +359,12 @@ class Lifecycle(Writers, Source):
         """Wait until LMDB's table of readers has a free slot."""
         deadline = time.monotonic() + self.growth_timeout
         while not self._has_slot(time.monotonic() >= deadline):
-            time.sleep(SLICE)
+            time.sleep(SLICE)  # the process that frees one tells nobody
 
     def _has_slot(self, last_try: bool) -> bool:
         me = get_ident()
-        # Private, but what threading.Condition relies on as well.
-        locked = self.buffer_lock._is_owned()  # type: ignore[attr-defined]
-        if self.readers.get(me) or locked:  # it has interrupted who can't wait
-            raise readers_full_error(self.path)
+        if self.readers.get(me) or is_mine(self.buffer_lock):
+            raise readers_full_error(self.path)  # it has interrupted who can't wait
         try:
             self.alone(self.growth_timeout, self._free_slots)
         except lmdb.ReadersFullError as error:

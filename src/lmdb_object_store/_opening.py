@@ -17,7 +17,7 @@ Identity = tuple[int, int] | str
 _ATTEMPTS = 100
 """How often to open a file that another process makes larger at each attempt."""
 _PAUSE = 0.05
-"""Seconds after which to look again for a free reader slot."""
+"""Seconds after which to look again for a free reader slot: who frees one is silent."""
 
 _DEFAULTS: dict[str, Any] = {  # of lmdb.open(), as its documentation gives them
     "metasync": True,

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any
 
-from ._gate import SLICE, under
+from ._gate import SLICE, is_mine, under
 from ._opening import identity_of
 from .exceptions import BusyError, ReadersFullError
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from ._lifecycle import Lifecycle
 
 _WRITERS_SLICE = 0.001
-"""Seconds after which a thread that forks looks again whether others still write."""
+"""Seconds after which a thread that forks looks again whether others still write.
+
+It can't wait for the write lock: the thread that has it may wait for who forks.
+"""
 _PATIENCE = 10.0
 """Seconds that a fork waits for calls of LMDB to end."""
 
@@ -93,7 +96,7 @@ def share(
         except ReadersFullError:
             if time.monotonic() >= deadline:
                 raise
-            time.sleep(SLICE)
+            time.sleep(SLICE)  # without the lock: others open their files meanwhile
             continue
         if env.enter(handle, warn, wanted):
             return env
@@ -238,7 +241,7 @@ def _all_rest(envs: list[SharedEnvironment], hurry: bool) -> bool:
     if hurry or all(env.at_rest for env in envs):
         return True
     _go_on()
-    time.sleep(SLICE)
+    time.sleep(SLICE)  # reads go on, and so may what kept one of them
     return False
 
 
@@ -253,8 +256,7 @@ def _go_on() -> None:
 def _after_fork_in_parent() -> None:
     """Let others go on. Doing it again does what an interrupt has prevented."""
     global _forking
-    # Private, but what threading.Condition relies on as well.
-    if not _fork_lock._is_owned():  # type: ignore[attr-defined]
+    if not is_mine(_fork_lock):
         return  # it is done
     _go_on()
     _forking = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import lmdb
 
-from ._gate import Gate, under
+from ._gate import Gate, is_mine, under
 from ._mapping import _K, _T, _V, StoreMapping
 from ._reading import LARGE, Batch, LargeValue, load, unpickle_error
 from ._scope import Scope
@@ -147,10 +147,10 @@ class SnapshotSource(Source):
         2. Thread 2 has the buffer lock, and a finalizer of it reads the snapshot.
         3. Each would wait for the lock of the other. Two snapshots are no better.
         """
-        locks: list[Any] = [self.env.buffer_lock]
+        locks = [self.env.buffer_lock]
         if outer:  # only in the gate is the lock of a snapshot taken
             locks += [other.buffer_lock for other in list(self.env.open_snapshots)]
-        if any(lock._is_owned() for lock in locks if lock is not self.buffer_lock):
+        if any(is_mine(lock) for lock in locks if lock is not self.buffer_lock):
             raise self._busy_error()
 
     def _busy_error(self) -> BusyError:
@@ -210,7 +210,7 @@ class SnapshotSource(Source):
             raise self._busy_error()
         self._lock_free = False
         while self.env.readers.get(self.thread, False):
-            time.sleep(0.0001)
+            time.sleep(0.0001)  # as in Gate
         self._shared = True
 
     def _copy(

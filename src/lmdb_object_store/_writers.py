@@ -17,7 +17,7 @@ from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _process
-from ._gate import SLICE, Gate, under
+from ._gate import SLICE, Gate, is_mine, under
 from .exceptions import BusyError, SnapshotOpenError
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class Writers(Gate):
         return (
             self.writer == me
             or self.readers.get(me, False)
-            # Private, but what threading.Condition relies on as well.
-            or self.buffer_lock._is_owned()  # type: ignore[attr-defined]
+            or is_mine(self.buffer_lock)
             or _process.forks_here()
             # A transaction block that begins or ends.
             or (block is not None and block.thread == me and not block.open)
@@ -269,7 +268,7 @@ class Writers(Gate):
                     told = True
                     for snapshot in list(self.open_snapshots):
                         self._tell("growth waits for a snapshot", snapshot)
-                time.sleep(0.001)
+                time.sleep(0.001)  # in slices, as in `_await_block`
         finally:
             try:  # as in Gate
                 self.moving = False
