@@ -27,7 +27,7 @@ OPTIONS = {
     "autoflush_on_read": False,
     "map_size": 2**19,
     "max_readers": 4000,  # an interrupted read keeps its slot, though it has ended
-    "growth_timeout": 0,
+    "timeout": 0,
     "sync": False,
 }
 

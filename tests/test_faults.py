@@ -452,7 +452,7 @@ def fail_writes_to():
 def panicked(open_store, fail_writes_to, lib_version):
     """Return a store whose environment LMDB has given up, and what it holds."""
     values = {b"small": 1, b"large": [1, b"x" * LARGE], b"changed": 1}
-    store = open_store(lib_version=lib_version, growth_timeout=0)
+    store = open_store(lib_version=lib_version, timeout=0)
     store.put_many(values)
     assert store.get_many(values)[0] == values
     assert store[b"large"] == values[b"large"]
@@ -557,7 +557,7 @@ class Parked:
 def test_a_read_in_progress_survives_the_reopening(
     open_store, in_thread, fail_writes_to, lib_version
 ):
-    store = open_store(lib_version=lib_version, growth_timeout=0)
+    store = open_store(lib_version=lib_version, timeout=0)
     parked = Parked()
     parked.some = "state"
     store.put_many({b"k": [1, parked, b"x" * LARGE, 2], b"l": b"y" * LARGE})

@@ -19,7 +19,7 @@ SMALL_MAP = 16 * mmap.PAGESIZE
 LARGE = 150 * KIB  # more than what is copied out of the map before it is unpickled
 
 # Growth waits for nobody: with this, waiting would be an error.
-AT_ONCE = {"map_size": SMALL_MAP, "growth_timeout": 0}
+AT_ONCE = {"map_size": SMALL_MAP, "timeout": 0}
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_growth_does_not_wait_for_an_unpickling(
         map_size=8 * MIB,
         batch_size=10**6,
         autoflush_on_read=False,
-        growth_timeout=0,
+        timeout=0,
         sync=False,
     )
     for key, value in values.items():

@@ -904,7 +904,7 @@ def test_attributes_tell_the_options(open_store, tmp_path):
         str_normalize="NFC",
         batch_bytes=1234,
         max_map_size=2**30,
-        growth_timeout=2.5,
+        timeout=2.5,
     )
     assert store.db_path == str(tmp_path / "db")
     assert store.batch_size == 5
@@ -914,7 +914,7 @@ def test_attributes_tell_the_options(open_store, tmp_path):
     assert store.str_normalize == "NFC"
     assert store.batch_bytes == 1234
     assert store.max_map_size == 2**30
-    assert store.growth_timeout == 2.5
+    assert store.timeout == 2.5
     assert store.closed is False
     store.close()
     assert store.closed is True
@@ -929,7 +929,7 @@ def test_attributes_tell_the_defaults(open_store):
     assert store.str_normalize is None
     assert store.batch_bytes == 64 * 2**20
     assert store.max_map_size is None
-    assert store.growth_timeout == 60.0
+    assert store.timeout == 60.0
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def open_filled(open_store):
             key_encoding="utf-8",
             autoflush_on_read=False,
             map_size=2**19,
-            growth_timeout=0,
+            timeout=0,
             sync=False,
         )
         return fill(store)
@@ -295,7 +295,7 @@ def test_a_deletion_may_be_interrupted_at_every_moment(
         autoflush_on_read=False,
         map_size=2**17,
         max_map_size=2**17,
-        growth_timeout=0,
+        timeout=0,
         sync=False,
     )
     action, nothing = ERASE[erase]

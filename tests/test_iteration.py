@@ -203,7 +203,7 @@ def check(numbers, backwards):
 def test_what_is_there_throughout_is_seen_once_and_in_order(
     open_store, do, change, options
 ):
-    store = open_store(map_size=MIB, growth_timeout=0, sync=False, **options)
+    store = open_store(map_size=MIB, timeout=0, sync=False, **options)
     fill(store)
     seen = {way: [] for way in WAYS}
     rest = {way: walk(store, *way) for way in WAYS}
@@ -585,7 +585,7 @@ def lasting_transactions(store):
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_an_abandoned_iterator_holds_nothing(open_store, in_thread, large):
     value = bytes(LARGE) if large else 0
-    store = open_store(max_readers=2, growth_timeout=0, map_size=4 * MIB, sync=False)
+    store = open_store(max_readers=2, timeout=0, map_size=4 * MIB, sync=False)
     contents = {key(n): value for n in range(20)}
     store.put_many(contents)
     abandoned = [iterator for _ in range(60) for iterator in walks(store)]
@@ -821,7 +821,7 @@ def mixed():
 def test_large_values_come_out_right_while_the_map_grows(
     open_store, do, mixed, backwards, pending
 ):
-    store = open_store(growth_timeout=0, map_size=32 * MIB, sync=False)
+    store = open_store(timeout=0, map_size=32 * MIB, sync=False)
     store.autoflush_on_read = False
     store.put_many(mixed)
     if pending:
@@ -842,7 +842,7 @@ def test_large_values_come_out_right_while_the_map_grows(
 def test_growth_while_a_large_value_is_unpickled(
     open_store, in_thread, pause, mixed, backwards, what
 ):
-    store = open_store(growth_timeout=0, map_size=32 * MIB, sync=False)
+    store = open_store(timeout=0, map_size=32 * MIB, sync=False)
     store.put_many({**mixed, b"hook": Hook([1, mixed[key(1)], mixed[key(2)]])})
     iterator = walk(store, "values", backwards, start=b"hook")
     reader = in_thread(lambda: list(iterator))
@@ -886,7 +886,7 @@ def use_everything(store):
 def test_what_is_unpickled_may_use_the_store(
     open_store, when_unpickled, backwards, pending, ballast
 ):
-    store = open_store(growth_timeout=0, sync=False, autoflush_on_read=False)
+    store = open_store(timeout=0, sync=False, autoflush_on_read=False)
     store.update({key(n): n for n in range(12)})
     store[b"hook"] = Hook(ballast)
     if not pending:
@@ -903,7 +903,7 @@ def test_what_is_unpickled_may_use_the_store(
 def test_what_is_unpickled_can_not_drive_the_same_iterator(
     open_store, when_unpickled, ballast
 ):
-    store = open_store(growth_timeout=0, map_size=16 * MIB, sync=False)
+    store = open_store(timeout=0, map_size=16 * MIB, sync=False)
     store.put_many({key(n): bytes(LARGE) for n in range(10)})
     store.put_many({b"a": Hook(ballast), b"b": Hook(ballast), b"c": 3})
     iterator = iter(store.values(start=b"a"))

@@ -441,7 +441,7 @@ def test_closed_store_is_dropped_without_a_word(tmp_path, caplog, fails):
         ({"batch_bytes": 0}, ValueError),
         ({"key_encoding": "no-such-codec"}, ValueError),
         ({"max_map_size": 2**16, "map_size": 2**20}, ValueError),
-        ({"growth_timeout": -1}, ValueError),
+        ({"timeout": -1}, ValueError),
         ({"max_spare_txns": 1}, ValueError),
         ({"no_such_option": 1}, TypeError),
         ({"max_dbs": "many"}, TypeError),

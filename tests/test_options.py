@@ -30,11 +30,11 @@ BAD_OPTIONS = [
     ({"batch_size": None}, TypeError),
     ({"batch_bytes": None}, TypeError),
     ({"map_size": MIB, "max_map_size": MIB - 1}, ValueError),
-    ({"growth_timeout": -0.1}, ValueError),
-    ({"growth_timeout": float("nan")}, ValueError),
-    ({"growth_timeout": "1"}, TypeError),
-    ({"growth_timeout": None}, TypeError),
-    ({"growth_timeout": True}, TypeError),
+    ({"timeout": -0.1}, ValueError),
+    ({"timeout": float("nan")}, ValueError),
+    ({"timeout": "1"}, TypeError),
+    ({"timeout": None}, TypeError),
+    ({"timeout": True}, TypeError),
     ({"key_encoding": "no-such-codec"}, ValueError),
     ({"key_encoding": "rot13"}, ValueError),
     ({"key_encoding": "hex"}, ValueError),
@@ -100,13 +100,13 @@ def test_good_options_are_taken(open_store):
         batch_bytes=1,
         max_map_size=MIB,
         map_size=MIB,
-        growth_timeout=0,
+        timeout=0,
         key_encoding="UTF8",
         key_errors="surrogatepass",
         str_normalize="NFKD",
         max_spare_txns=0,
     )
-    open_store("unhurried", growth_timeout=float("inf"))[b"k"] = bytes(20 * MIB)
+    open_store("unhurried", timeout=float("inf"))[b"k"] = bytes(20 * MIB)
 
 
 def test_batch_size_is_the_second_argument(tmp_path):
@@ -153,14 +153,14 @@ def test_limit_below_the_map_leaves_the_map_as_it_is(open_store):
     assert store[b"k"] == 1
 
 
-def test_growth_timeout_is_checked_at_run_time(open_store):
+def test_timeout_is_checked_at_run_time(open_store):
     store = open_store()
     for value, error in ((-1, ValueError), (None, TypeError)):
-        with pytest.raises(error, match="growth_timeout"):
-            store.growth_timeout = value
-    assert store.growth_timeout == 60
-    store.growth_timeout = 0.5
-    assert store.growth_timeout == 0.5
+        with pytest.raises(error, match="timeout"):
+            store.timeout = value
+    assert store.timeout == 60
+    store.timeout = 0.5
+    assert store.timeout == 0.5
 
 
 # Paths

@@ -143,7 +143,7 @@ def test_options_are_carried_over(open_store, again):
         key_errors="surrogateescape",
         str_normalize="NFKC",
         max_map_size=30 * MIB,
-        growth_timeout=5.5,
+        timeout=5.5,
         map_size=2 * MIB,
         max_dbs=3,
         max_readers=20,
@@ -152,7 +152,7 @@ def test_options_are_carried_over(open_store, again):
         lib_version=1,
     )
     names = "batch_size batch_bytes autoflush_on_read key_encoding key_errors "
-    names += "str_normalize max_map_size growth_timeout db_path"
+    names += "str_normalize max_map_size timeout db_path"
     expected = [getattr(store, name) for name in names.split()]
     other = again(store)
     assert [getattr(other, name) for name in names.split()] == expected
@@ -178,17 +178,17 @@ def test_what_was_changed_at_run_time_is_carried_over(open_store, again):
     store.batch_bytes = 1000
     store.autoflush_on_read = False
     store.max_map_size = 20 * MIB
-    store.growth_timeout = 7
+    store.timeout = 7
     raw = pickle.dumps(store)
     other = again(store)
     store.close()
     for one in other, pickle.loads(raw):
         assert (one.batch_size, one.batch_bytes) == (2, 1000)
         assert one.autoflush_on_read is False
-        assert (one.max_map_size, one.growth_timeout) == (20 * MIB, 7)
+        assert (one.max_map_size, one.timeout) == (20 * MIB, 7)
     other.close()
     with pickle.loads(raw) as anew:
-        assert (anew.max_map_size, anew.growth_timeout) == (20 * MIB, 7)
+        assert (anew.max_map_size, anew.timeout) == (20 * MIB, 7)
         anew[b"a"] = 1
         anew.get(b"x")
         assert len(anew.write_buffer) == 1
@@ -205,13 +205,13 @@ def test_what_was_changed_in_a_copy_stays_there(open_store, again):
     assert (store.batch_size, store.autoflush_on_read) == (1000, True)
 
 
-def test_a_later_growth_timeout_and_cap_of_the_process_are_not_undone(open_store):
+def test_a_later_timeout_and_cap_of_the_process_are_not_undone(open_store):
     store = open_store()
     raw = pickle.dumps(store)
-    store.growth_timeout = 3
+    store.timeout = 3
     store.max_map_size = 20 * MIB
     other = pickle.loads(raw)
-    assert (other.growth_timeout, other.max_map_size) == (3, 20 * MIB)
+    assert (other.timeout, other.max_map_size) == (3, 20 * MIB)
 
 
 class Subclass(LmdbObjectStore):
@@ -478,7 +478,7 @@ import pickle, sys
 from lmdb_object_store import LmdbObjectStore
 with LmdbObjectStore("db", key_encoding="utf-8", batch_size=7) as store:
     store["a"] = 1
-    store.growth_timeout = 5
+    store.timeout = 5
     with open("pickle", "wb") as file:
         pickle.dump(store, file)
 """
@@ -491,7 +491,7 @@ def test_exit_writes_what_a_copy_has_and_is_silent(run, stored, end):
 import pickle
 with open("pickle", "rb") as file:
     store = pickle.load(file)
-assert (store["a"], store.batch_size, store.growth_timeout) == (1, 7, 5)
+assert (store["a"], store.batch_size, store.timeout) == (1, 7, 5)
 store["b"] = 2
 """
     assert run(script + end).stderr == ""
@@ -599,7 +599,7 @@ def test_copying_waits_for_a_commit(open_store, in_thread, again):
 
 
 def test_unpickling_waits_for_the_end_of_a_last_close(open_store, in_thread):
-    store = open_store(growth_timeout=PATIENCE)
+    store = open_store(timeout=PATIENCE)
     store[b"a"] = 1
     raw = pickle.dumps(store)
     store[b"b"] = 2
@@ -694,13 +694,13 @@ print(store["a"], store.key_encoding, store.db_path)
 
 
 def test_an_older_pickle_changes_nothing_of_what_is_open(open_store):
-    store = open_store(max_map_size=2**20, growth_timeout=5)
+    store = open_store(max_map_size=2**20, timeout=5)
     older = pickle.dumps(store)
     store.max_map_size = 2**24
-    store.growth_timeout = 7
+    store.timeout = 7
     with pickle.loads(older) as copied:
-        assert (copied.max_map_size, copied.growth_timeout) == (2**24, 7)
-    assert (store.max_map_size, store.growth_timeout) == (2**24, 7)
+        assert (copied.max_map_size, copied.timeout) == (2**24, 7)
+    assert (store.max_map_size, store.timeout) == (2**24, 7)
     store.close()
     with pickle.loads(older) as copied:
-        assert (copied.max_map_size, copied.growth_timeout) == (2**20, 5)
+        assert (copied.max_map_size, copied.timeout) == (2**20, 5)

@@ -71,7 +71,7 @@ def test_a_snapshot_that_ends_while_a_read_waits_for_another(store, in_thread):
 
 
 def test_a_read_without_a_reader_slot_does_not_wait_for_a_block(open_store, in_thread):
-    store = open_store(max_readers=1, growth_timeout=0)
+    store = open_store(max_readers=1, timeout=0)
     store.put_many({b"a": 1})
     with held(in_thread, store.snapshot()), store.transaction():
         store[b"b"] = 2

@@ -163,7 +163,7 @@ def test_a_thread_that_has_all_slots_itself_is_told_at_once(open_store):
 
 
 def test_a_table_full_of_living_readers(open_store, hold):
-    store = open_store(max_readers=4, growth_timeout=0)
+    store = open_store(max_readers=4, timeout=0)
     store.put_many({b"key": 1})
     holder = hold(store.db_path, 0, 4, 4)
     for use in (
@@ -176,7 +176,7 @@ def test_a_table_full_of_living_readers(open_store, hold):
     ):
         with pytest.raises(ReadersFullError, match=r"slots of .* are taken"):
             use()
-    store.growth_timeout = 60
+    store.timeout = 60
     holder.kill()
     assert store.pop(b"key") == 1
 
@@ -189,7 +189,7 @@ def test_opening_waits_for_a_slot(open_store, hold, in_thread, tmp_path):
     second = hold(path, 0, 1, 2)
     store.close()
     with pytest.raises(ReadersFullError, match="larger max_readers"):
-        LmdbObjectStore(path, growth_timeout=0)
+        LmdbObjectStore(path, timeout=0)
     opening = in_thread(lambda: LmdbObjectStore(path))
     opening.wait_until_in("_open")
     first.kill()

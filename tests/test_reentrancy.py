@@ -267,7 +267,7 @@ ANYWHERE = {
 
 @pytest.fixture
 def store(open_store):
-    store = open_store(key_encoding="utf-8", map_size=2**19, growth_timeout=0)
+    store = open_store(key_encoding="utf-8", map_size=2**19, timeout=0)
     store.put_many({"stored": 0, "deleted": 0, "large": LARGE})
     assert store["large"] == LARGE
     store["pending"] = 1

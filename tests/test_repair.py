@@ -57,7 +57,7 @@ def test_large_values_in_each_other_need_no_more_slots_than_there_are(nested):
 
 
 def test_slots_that_others_hold_are_told_of(open_store):
-    store = open_store(max_readers=1, growth_timeout=0)
+    store = open_store(max_readers=1, timeout=0)
     store[b"k"] = 1
     store.flush()
     with store.env.begin(), pytest.raises(lmdb.ReadersFullError):
@@ -67,7 +67,7 @@ def test_slots_that_others_hold_are_told_of(open_store):
 
 @pytest.mark.parametrize("timeout", [0, 0.1])
 def test_growth_gives_up_on_a_read_that_does_not_end(open_store, in_thread, timeout):
-    store = open_store(map_size=2**16, growth_timeout=timeout)
+    store = open_store(map_size=2**16, timeout=timeout)
     store[b"k"] = 1
     store.flush()
     with Parked(in_thread, "get", lambda: store.get(b"k")) as reader:
@@ -175,7 +175,7 @@ def grow_elsewhere(path):
 def test_a_map_grown_elsewhere_is_adopted_unless_a_read_does_not_end(
     open_store, in_thread
 ):
-    store = open_store(map_size=2**16, growth_timeout=0)
+    store = open_store(map_size=2**16, timeout=0)
     store[b"k"] = 1
     store.flush()
     with Parked(in_thread, "get", lambda: store.get(b"k")) as reader:

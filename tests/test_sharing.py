@@ -421,8 +421,8 @@ def test_a_closed_store_changes_nothing_for_the_others(open_store):
     with suppress(ClosedError):
         store.max_map_size = 20 * MIB
     with suppress(ClosedError):
-        store.growth_timeout = 1.0
-    assert (other.max_map_size, other.growth_timeout) == (None, 60.0)
+        store.timeout = 1.0
+    assert (other.max_map_size, other.timeout) == (None, 60.0)
 
 
 @ENGINES
@@ -480,7 +480,7 @@ def test_snapshots_end_with_their_own_store(open_store, in_thread, of_another_th
 
 
 def test_growth_waits_no_more_for_snapshots_of_a_closed_store(open_store):
-    store, other = open_store(map_size=MIB), open_store(growth_timeout=0)
+    store, other = open_store(map_size=MIB), open_store(timeout=0)
     with store.snapshot():
         store.close()
         other.put_many(TOO_MUCH)
@@ -600,7 +600,7 @@ def test_what_is_not_asked_for_is_no_conflict(open_store, has, wanted):
     [
         {"batch_size": 0},
         {"key_encoding": "no-such-codec"},
-        {"growth_timeout": -1},
+        {"timeout": -1},
         {"max_map_size": 1, "map_size": 2},
         {"max_spare_txns": 1},
         {"map_size": "big"},
@@ -621,7 +621,7 @@ def test_a_bad_option_leaves_the_other_stores_alone(open_store, tmp_path, option
         del info
         gc.collect(1)
     assert not caught
-    assert (store.max_map_size, store.growth_timeout) == (None, 60.0)
+    assert (store.max_map_size, store.timeout) == (None, 60.0)
     store[b"a"] = 1
     store.close(strict=True)
     assert not is_open(env)
@@ -697,22 +697,22 @@ def test_the_map_grows_to_a_larger_map_size_within_the_cap(open_store):
 
 
 def test_cap_and_timeout_are_the_same_for_all(open_store):
-    first = open_store(max_map_size=16 * MIB, growth_timeout=5)
+    first = open_store(max_map_size=16 * MIB, timeout=5)
     second = open_store()
-    assert (second.max_map_size, second.growth_timeout) == (16 * MIB, 5)
-    third = open_store(max_map_size=20 * MIB, growth_timeout=7)
+    assert (second.max_map_size, second.timeout) == (16 * MIB, 5)
+    third = open_store(max_map_size=20 * MIB, timeout=7)
     for store in first, second, third:
-        assert (store.max_map_size, store.growth_timeout) == (20 * MIB, 7)
+        assert (store.max_map_size, store.timeout) == (20 * MIB, 7)
     second.max_map_size = None
-    second.growth_timeout = 9
-    assert (first.max_map_size, first.growth_timeout) == (None, 9)
+    second.timeout = 9
+    assert (first.max_map_size, first.timeout) == (None, 9)
     third.close()
-    assert (first.max_map_size, first.growth_timeout) == (None, 9)
+    assert (first.max_map_size, first.timeout) == (None, 9)
 
 
 def test_a_cap_limits_the_writes_of_all(open_store):
     first = open_store()
-    second = open_store(max_map_size=MIB, map_size=MIB, growth_timeout=0)
+    second = open_store(max_map_size=MIB, map_size=MIB, timeout=0)
     first.max_map_size = map_size(first)
     with pytest.raises(GrowthError):
         second.put_many({b"large": bytes(map_size(first))})
@@ -1088,7 +1088,7 @@ def test_a_finalizer_opens_and_drops_stores_in_the_midst_of_opening_and_closing(
             LmdbObjectStore(tmp_path / "db")[b"b"] = 2
 
     def open_and_close():
-        with LmdbObjectStore(tmp_path / "db", growth_timeout=PATIENCE) as store:
+        with LmdbObjectStore(tmp_path / "db", timeout=PATIENCE) as store:
             store[b"a"] = 1
 
     hooked(in_thread, method, inside, open_and_close)
@@ -1140,14 +1140,14 @@ def test_opening_while_a_close_does_not_end(open_store, in_thread):
     store[b"a"] = 1
     with Parked(in_thread, "sync", store.close) as closing:
         with pytest.raises(BusyError, match="middle of being closed"):
-            open_store(growth_timeout=0)
+            open_store(timeout=0)
         closing.release()
     with open_store() as again:
         assert again[b"a"] == 1
 
 
 def test_a_store_that_a_read_keeps_from_closing_stays_open(open_store, in_thread):
-    store = open_store(growth_timeout=0)
+    store = open_store(timeout=0)
     store.put_many({b"a": 1})
     with Parked(in_thread, "get", lambda: store.get(b"a")) as parked:
         with pytest.raises(BusyError, match="read in progress"):
@@ -1164,7 +1164,7 @@ def test_a_store_that_a_read_keeps_from_closing_stays_open(open_store, in_thread
 
 
 def test_opening_while_a_close_gives_up(open_store, in_thread):
-    store = open_store(growth_timeout=0)
+    store = open_store(timeout=0)
     store.put_many({b"a": 1})
     with (
         Parked(in_thread, "get", lambda: store.get(b"a")) as reading,
@@ -1174,7 +1174,7 @@ def test_opening_while_a_close_gives_up(open_store, in_thread):
         opening.wait_until_in("await_close")
         with pytest.raises(BusyError, match="read in progress"):
             closing.release()
-        other = opening.result()  # long before its own growth_timeout is over
+        other = opening.result()  # long before its own timeout is over
         assert reading.release() == 1
     assert other.env is store.env
     store.close(strict=True)
@@ -1203,7 +1203,7 @@ def test_a_file_system_that_gives_no_numbers(open_store, monkeypatch, tmp_path):
 def check(tmp_path):
     """Nobody is locked out, and nothing is left open. To be called in a thread."""
     for options in {"max_dbs": 1}, {"max_dbs": 2}:  # refused while it is open
-        with LmdbObjectStore(tmp_path / "db", growth_timeout=0, **options) as store:
+        with LmdbObjectStore(tmp_path / "db", timeout=0, **options) as store:
             store.put_many({b"checked": 1})
             store[b"checked"] = 2
 
@@ -1296,7 +1296,7 @@ def test_a_last_close_may_be_interrupted_at_every_moment(tmp_path, in_thread, th
     interrupted = 0
 
     def open_one():
-        store = LmdbObjectStore(tmp_path / "db", sync=False, growth_timeout=0)
+        store = LmdbObjectStore(tmp_path / "db", sync=False, timeout=0)
         store[b"count"] = next(numbers)
         return [store]
 

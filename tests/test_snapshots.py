@@ -557,7 +557,7 @@ def test_a_context_manager_is_for_one_block(store):
 
 @ENGINES
 def test_snapshots_beyond_max_readers(open_store, in_thread, lib_version):
-    store = open_store(lib_version=lib_version, max_readers=6, growth_timeout=0)
+    store = open_store(lib_version=lib_version, max_readers=6, timeout=0)
     store[b"key"] = 0
     with ExitStack() as stack:
         snapshots = []
@@ -607,7 +607,7 @@ def test_reader_slots_of_a_killed_process_are_cleared(open_store, lib_version):
     ) as other:
         try:
             assert other.stdout.readline().strip() == b"ReadersFullError"
-            store.growth_timeout = 0
+            store.timeout = 0
             with pytest.raises(lmdb.ReadersFullError), store.snapshot():
                 pytest.fail("opened")
         finally:
@@ -914,7 +914,7 @@ def test_large_value_that_is_being_unpickled_comes_out_right_though_it_is_closed
 def test_large_value_of_a_closed_snapshot_does_not_hold_up_growth(
     open_store, in_thread, acting
 ):
-    store = open_store(map_size=4 * MIB, growth_timeout=0, sync=False)
+    store = open_store(map_size=4 * MIB, timeout=0, sync=False)
     value = Acting([Acting(), *(bytes([n]) * LARGE for n in range(8))])
     store.put_many({b"parked": value})
     with Pause() as pause:
@@ -1342,7 +1342,7 @@ BIG = {b"big": bytes(MIB)}
 """What doesn't fit into the map of `GROWING`."""
 GROWING = {"map_size": SMALL_MAP, "sync": False, "autoflush_on_read": False}
 # Longer than what tests wait for anything: who has to wait this long fails.
-PATIENT = {**GROWING, "growth_timeout": 4 * PATIENCE}
+PATIENT = {**GROWING, "timeout": 4 * PATIENCE}
 
 
 @pytest.fixture
@@ -1537,7 +1537,7 @@ REFUSED = pytest.raises(SnapshotOpenError, match="larger map_size")
 def test_growth_that_has_waited_long_enough_is_refused(
     open_store, hold, lib_version, grow
 ):
-    store = open_store(lib_version=lib_version, **GROWING, growth_timeout=0.05)
+    store = open_store(lib_version=lib_version, **GROWING, timeout=0.05)
     store.put_many({b"key": 1, b"gone": 2})
     store[b"pending"] = 3
     with hold(store) as holder:
@@ -1567,7 +1567,7 @@ def test_growth_that_has_waited_long_enough_is_refused(
 def test_growth_does_not_wait_again_for_a_snapshot_that_it_has_waited_for(
     open_store, hold
 ):
-    store = open_store(**GROWING, growth_timeout=0.05)
+    store = open_store(**GROWING, timeout=0.05)
     slept = threading.Event()
     with hold(store):
         with REFUSED:
@@ -1927,7 +1927,7 @@ def test_map_grown_by_another_process_is_adopted_when_snapshots_are_closed(
 def test_map_grown_by_another_process_is_refused_after_the_timeout(
     open_store, hold, run
 ):
-    store = open_store(**GROWING, growth_timeout=0.05)
+    store = open_store(**GROWING, timeout=0.05)
     store.put_many({b"key": 1})
     with hold(store) as holder:
         run(GROW_ELSEWHERE, store.db_path)
@@ -1997,7 +1997,7 @@ def drop_thread(store, in_thread):
 def test_snapshot_that_was_thrown_away_does_not_hold_up_growth(
     open_store, in_thread, drop
 ):
-    store = open_store(**GROWING, growth_timeout=0)
+    store = open_store(**GROWING, timeout=0)
     drop(store, in_thread)
     assert not active_readers(store)
     store.put_many(BIG)
@@ -2005,7 +2005,7 @@ def test_snapshot_that_was_thrown_away_does_not_hold_up_growth(
 
 
 def test_exception_that_is_kept_does_not_keep_a_snapshot_open(open_store):
-    store = open_store(**GROWING, growth_timeout=0)
+    store = open_store(**GROWING, timeout=0)
 
     def fail():
         with store.snapshot() as snapshot:
@@ -2039,7 +2039,7 @@ def test_growth_waits_for_a_read_that_is_stuck_in_a_closed_snapshot(
 def test_snapshots_can_be_used_while_growth_waits_for_a_stuck_read_of_the_store(
     open_store, in_thread
 ):
-    store = open_store(**GROWING, growth_timeout=0.2)
+    store = open_store(**GROWING, timeout=0.2)
     store.put_many({b"key": 1})
     with Parked(in_thread, "get", lambda: store[b"key"]) as reader:
         with pytest.raises(GrowthError, match="does not end"):

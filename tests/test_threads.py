@@ -176,7 +176,7 @@ def test_many_bytes_wait_for_a_commit_as_many_puts_do(open_store, in_thread):
 def test_a_slow_unpickling_holds_up_nobody(
     open_store, in_thread, slow, buffered, ballast, call, closing
 ):
-    store = open_store(map_size=2**18, growth_timeout=0, autoflush_on_read=False)
+    store = open_store(map_size=2**18, timeout=0, autoflush_on_read=False)
     store.put_many({b"large": LARGE})
     assert store[b"large"] == LARGE
     store[b"slow"] = Slow(ballast)
@@ -204,7 +204,7 @@ def test_a_slow_unpickling_holds_up_nobody(
 
 @pytest.mark.parametrize("call", ["put_many", "get_many"])
 def test_a_slow_iterable_holds_up_nobody(open_store, in_thread, call):
-    store = open_store(map_size=2**18, growth_timeout=0)
+    store = open_store(map_size=2**18, timeout=0)
     store[b"a"] = 1
     started, go_on = threading.Event(), threading.Event()
 

@@ -1996,9 +1996,7 @@ def test_another_process_waits_while_the_end_of_a_block_does(store, in_thread, p
 def test_a_snapshot_that_stays_open_undoes_a_block_that_has_to_grow(
     open_store, in_thread, own
 ):
-    store = open_store(
-        map_size=SMALL_MAP, sync=False, growth_timeout=PATIENCE if own else 0
-    )
+    store = open_store(map_size=SMALL_MAP, sync=False, timeout=PATIENCE if own else 0)
     store.put_many({b"a": 1})
     manager = store.snapshot()
     snapshot = manager.__enter__() if own else in_thread(manager.__enter__).result()

@@ -80,7 +80,7 @@ class SharedEnvironment(Lifecycle):
         As for `lmdb.open`, absolute.
     options : dict
         The other arguments of `lmdb.open`.
-    max_map_size, growth_timeout
+    max_map_size, timeout
         As `LmdbObjectStore` documents them.
     """
 
@@ -89,9 +89,9 @@ class SharedEnvironment(Lifecycle):
         path: str,
         options: dict[str, Any],
         max_map_size: int | None,
-        growth_timeout: float,
+        timeout: float,
     ) -> None:
-        super().__init__(path, options, growth_timeout)
+        super().__init__(path, options, timeout)
         # Guarded by the write lock.
         self._page_size: int = self.env.stat()["psize"]
         self._floor = 0  # bytes of map that the next growth makes at least
@@ -386,9 +386,7 @@ class SharedEnvironment(Lifecycle):
         except (GrowthError, DiskError):
             # There is no room for what is pending, so some of it has to go, too.
             # With the database, at one moment for all: no read comes between.
-            return self.alone(
-                self.growth_timeout, self._erase_pending, work, covers, count
-            )
+            return self.alone(self.timeout, self._erase_pending, work, covers, count)
         return self._write(work, {}, count, None) if count else 0
 
     def _erase_pending(
@@ -722,7 +720,7 @@ class SharedEnvironment(Lifecycle):
                 if block is not None and block.committing and block.txn is not None:
                     block.txn.abort()
                     block.txn = None
-                moved = self.alone(self.growth_timeout, self._set_map_size, size)
+                moved = self.alone(self.timeout, self._set_map_size, size)
         except (lmdb.Error, MemoryError) as error:
             if not size or isinstance(error, SnapshotOpenError):
                 raise

@@ -85,14 +85,12 @@ class Lifecycle(Writers, Source):
         As for `lmdb.open`, absolute.
     options : dict
         The other arguments of `lmdb.open`.
-    growth_timeout
+    timeout
         As `LmdbObjectStore` documents it.
     """
 
-    def __init__(
-        self, path: str, options: dict[str, Any], growth_timeout: float
-    ) -> None:
-        super().__init__(path, growth_timeout)
+    def __init__(self, path: str, options: dict[str, Any], timeout: float) -> None:
+        super().__init__(path, timeout)
         # Constant after construction.
         self.readonly = bool(options.get("readonly"))
         self.options = options
@@ -245,7 +243,7 @@ class Lifecycle(Writers, Source):
             error = failure
         if last:
             try:
-                self.alone(self.growth_timeout, self._shut)
+                self.alone(self.timeout, self._shut)
             except BusyError:
                 under(self.buffer_lock, self._stay_open)
                 raise
@@ -351,13 +349,13 @@ class Lifecycle(Writers, Source):
         elif isinstance(error, lmdb.ReadersFullError):
             self._await_slot()
         elif isinstance(error, lmdb.PanicError) or not self._alive():
-            self.alone(self.growth_timeout, self._reopen)
+            self.alone(self.timeout, self._reopen)
         else:
             raise error
 
     def _await_slot(self) -> None:
         """Wait until LMDB's table of readers has a free slot."""
-        deadline = time.monotonic() + self.growth_timeout
+        deadline = time.monotonic() + self.timeout
         while not self._has_slot(time.monotonic() >= deadline):
             time.sleep(SLICE)  # the process that frees one tells nobody
 
@@ -366,7 +364,7 @@ class Lifecycle(Writers, Source):
         if self.readers.get(me) or is_mine(self.buffer_lock):
             raise readers_full_error(self.path)  # it has interrupted who can't wait
         try:
-            self.alone(self.growth_timeout, self._free_slots)
+            self.alone(self.timeout, self._free_slots)
         except lmdb.ReadersFullError as error:
             mine = [one for one in list(self.open_snapshots) if one.thread == me]
             if last_try or len(mine) >= self.env.info()["max_readers"]:
@@ -408,7 +406,7 @@ class Lifecycle(Writers, Source):
                 "data file is gone or was replaced by another one."
             )
         options = {**self.options, "map_size": self._map_size, "create": False}
-        self._attach(open_environment(self.path, options, self.growth_timeout))
+        self._attach(open_environment(self.path, options, self.timeout))
         if why == "after an error":
             self._log_later(logging.WARNING, "Environment reopened after an error")
 
@@ -490,7 +488,7 @@ class Lifecycle(Writers, Source):
             self.give_up()
 
     def _reset(self, block: Block | None = None) -> None:
-        Writers.__init__(self, self.path, self.growth_timeout)
+        Writers.__init__(self, self.path, self.timeout)
         self.block = block
         self.may_buffer = not self.readonly and block is None
         self.buffer = {}

@@ -43,14 +43,14 @@ class Writers(Gate):
     ----------
     path : str
         Of the environment, for messages.
-    growth_timeout : float
+    timeout : float
         As `LmdbObjectStore` documents it.
     """
 
-    def __init__(self, path: str, growth_timeout: float) -> None:
+    def __init__(self, path: str, timeout: float) -> None:
         super().__init__()
         self.path = path
-        self.growth_timeout = growth_timeout
+        self.timeout = timeout
         self.write_lock = RLock()
         self.buffer_lock = RLock()
 
@@ -150,7 +150,7 @@ class Writers(Gate):
 
         1. This thread, which has a snapshot open, waits for the write lock.
         2. Its holder has to grow the map, and waits for the snapshot.
-        3. Both wait until `growth_timeout` is over, unless this one gives up.
+        3. Both wait until `timeout` is over, unless this one gives up.
         """
         while True:
             try:
@@ -234,7 +234,7 @@ class Writers(Gate):
         return any(snapshot.thread == me for snapshot in list(self.open_snapshots))
 
     def _has_waited_long(self) -> bool:
-        """Whether growth has waited `growth_timeout` seconds for a snapshot.
+        """Whether growth has waited `timeout` seconds for a snapshot.
 
         If so, nobody else waits for that one: a queue of writers would do so one
         after the other.
@@ -242,7 +242,7 @@ class Writers(Gate):
         now = time.monotonic()
         for snapshot in list(self.open_snapshots):
             snapshot.awaited = snapshot.awaited or now
-            if now >= snapshot.awaited + self.growth_timeout:
+            if now >= snapshot.awaited + self.timeout:
                 return True
         return False
 

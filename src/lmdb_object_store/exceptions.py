@@ -27,7 +27,7 @@ class SnapshotOpenError(GrowthError):
     """The map is full and can't grow, since that would end open snapshots.
 
     Raised at once to a thread that has opened one of them itself, else after
-    `LmdbObjectStore.growth_timeout` seconds. Close snapshots sooner, or give the
+    `LmdbObjectStore.timeout` seconds. Close snapshots sooner, or give the
     store a larger ``map_size``, so that it need not grow.
     """
 
@@ -47,7 +47,7 @@ class DiskError(lmdb.DiskError):
 class ReadersFullError(lmdb.ReadersFullError):
     """All reader slots of the file are taken, by living readers.
 
-    Raised after `LmdbObjectStore.growth_timeout` seconds, or at once where this thread
+    Raised after `LmdbObjectStore.timeout` seconds, or at once where this thread
     has them all itself. Close snapshots sooner, or open the file with a larger
     ``max_readers`` in all processes.
     """
@@ -58,7 +58,7 @@ class BusyError(lmdb.Error):
 
     Raised to code that runs *inside* an operation of the same store on the same
     thread (a signal handler, a finalizer, an unpickling), after
-    `LmdbObjectStore.growth_timeout` seconds to a call that waits for reads that
+    `LmdbObjectStore.timeout` seconds to a call that waits for reads that
     don't end, and for what can't be done inside a transaction block: by another
     asyncio task of its thread, or to close the store or take a snapshot. Also, to
     open a file that is just being closed, or that this process can't open since it was

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _State = tuple[dict[str, Any], "int | None", float]
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
-_GROWTH_TIMEOUT = 60.0
+_TIMEOUT = 60.0
 _CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
 _CONSTANTS += (type, FunctionType, BuiltinFunctionType)
 _ATTEMPTS = 100  # of popitem at an entry that is the last one all the time
@@ -69,7 +69,7 @@ class _ClosedStore:
         self.lost = env.lost or (dict(env.buffer) if failed else {})
         self.max_map_size = env.max_map_size
         self.max_value = env.max_value
-        self.growth_timeout = env.growth_timeout
+        self.timeout = env.timeout
 
     def __getattr__(self, name: str) -> Any:
         raise self.closed_error()
@@ -120,7 +120,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     max_map_size : int, optional
         Bytes up to which the map may grow by itself; None sets no limit, or leaves
         that of the stores that have the file open.
-    growth_timeout : float
+    timeout : float
         Seconds for which growth waits for open snapshots, growth and close for reads
         that don't end, reads and opening for a free reader slot, and opening for a
         store of the same file that this process is just closing.
@@ -137,7 +137,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         An option that is not one of the above, or out of its range, or not what
         another store has opened the file with in this process.
     ReadersFullError
-        No reader slot became free within `growth_timeout` seconds.
+        No reader slot became free within `timeout` seconds.
     BusyError
         This process is just closing a store of the same file, and that does not end;
         or it was forked in the middle of an operation that did not end.
@@ -158,7 +158,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         str_normalize: str | None = None,
         batch_bytes: int = 64 * 2**20,
         max_map_size: int | None = None,
-        growth_timeout: float = _GROWTH_TIMEOUT,
+        timeout: float = _TIMEOUT,
         **lmdb_kwargs: Any,
     ) -> None:
         self._readonly = bool(lmdb_kwargs.get("readonly"))
@@ -172,7 +172,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         if max_map_size is not None:
             _check_int("max_map_size", max_map_size, map_size or 1)
             lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
-        _check_timeout(growth_timeout)
+        _check_timeout(timeout)
         if not lmdb_kwargs.get("lock", True) and not lmdb_kwargs.get("readonly"):
             raise ValueError(
                 "lock=False needs readonly=True: without its locks LMDB writes over "
@@ -184,9 +184,9 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             )
         super().__init__(path, codec)
         self._options = lmdb_kwargs
-        self._open(max_map_size, growth_timeout, True)
+        self._open(max_map_size, timeout, True)
 
-    def _open(self, cap: int | None, growth_timeout: float, explicit: bool) -> None:
+    def _open(self, cap: int | None, timeout: float, explicit: bool) -> None:
         """Use the environment of the file, and open it if nobody does yet.
 
         Where that is `explicit`, the store should be closed, and has a say in what the
@@ -196,11 +196,11 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self._handle = Handle()
         env = share(
             data_path(path, options),
-            partial(SharedEnvironment, path, options, cap, growth_timeout),
+            partial(SharedEnvironment, path, options, cap, timeout),
             self._handle,
             explicit,
             options,
-            growth_timeout,
+            timeout,
         )
         self._env = env
         self._codec.max_size = self._max_key = env.max_key
@@ -208,8 +208,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         # A default asks for nothing.
         if explicit and cap is not None:
             env.set_cap(cap)
-        if explicit and growth_timeout != _GROWTH_TIMEOUT:
-            env.growth_timeout = growth_timeout
+        if explicit and timeout != _TIMEOUT:
+            env.timeout = timeout
 
     def __getstate__(self) -> _State:
         """Return what `__setstate__` needs: path and options, after a flush.
@@ -225,7 +225,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             self._source().flush()
         state = {**vars(self), "_options": {**self._options, "create": False}}
         del state["_env"], state["_handle"]
-        return state, self.max_map_size, self.growth_timeout
+        return state, self.max_map_size, self.timeout
 
     def __setstate__(self, state: _State) -> None:
         """Open the same file here, or share it if this process has it open.
@@ -237,14 +237,14 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         lmdb.Error
             It can't be opened.
         """
-        attributes, max_map_size, growth_timeout = state
+        attributes, max_map_size, timeout = state
         vars(self).update(attributes)
         file = data_path(self._path, self._options)
         if identity_of(file) is None:
             raise ClosedError(
                 f"The store at {self._path!r} can't be opened here: there is no {file}."
             )
-        self._open(max_map_size, growth_timeout, False)
+        self._open(max_map_size, timeout, False)
 
     # Reads
 
@@ -664,7 +664,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         open at once, in any thread.
 
         While one is open the map can't grow: who needs that waits for at most
-        `growth_timeout` seconds, and then, or at once in the thread that has opened
+        `timeout` seconds, and then, or at once in the thread that has opened
         a snapshot, gets a `SnapshotOpenError`; so do even reads of the store, if
         another process has made the map larger. Also, LMDB can't use the pages again
         that it shows, so the file grows with what is written meanwhile.
@@ -829,14 +829,14 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self._env.set_cap(value)
 
     @property
-    def growth_timeout(self) -> float:
+    def timeout(self) -> float:
         """Seconds for which growth waits for open snapshots and stuck reads."""
-        return self._env.growth_timeout
+        return self._env.timeout
 
-    @growth_timeout.setter
-    def growth_timeout(self, value: float) -> None:
+    @timeout.setter
+    def timeout(self, value: float) -> None:
         _check_timeout(value)
-        self._env.growth_timeout = value
+        self._env.timeout = value
 
     # Helpers
 
@@ -925,6 +925,6 @@ def _check_int(name: str, value: object, minimum: int) -> None:
 
 def _check_timeout(value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"growth_timeout must be a number, not {type(value).__name__}")
+        raise TypeError(f"timeout must be a number, not {type(value).__name__}")
     if not value >= 0:
-        raise ValueError(f"growth_timeout must not be negative or NaN, not {value}")
+        raise ValueError(f"timeout must not be negative or NaN, not {value}")

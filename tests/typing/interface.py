@@ -53,7 +53,7 @@ def options(path: Path) -> None:
         str_normalize="NFC",
         batch_bytes=2**20,
         max_map_size=None,
-        growth_timeout=1,
+        timeout=1,
         map_size=2**30,
         subdir=False,
         lib_version=1,
@@ -301,12 +301,12 @@ def attributes(store: LmdbObjectStore[str, User]) -> None:
     assert_type(store.batch_bytes, int)
     assert_type(store.autoflush_on_read, bool)
     assert_type(store.max_map_size, int | None)
-    assert_type(store.growth_timeout, float)
+    assert_type(store.timeout, float)
     store.batch_size = 1
     store.batch_bytes = 1
     store.autoflush_on_read = False
     store.max_map_size = None
-    store.growth_timeout = 1
+    store.timeout = 1
     store.db_path = "q"  # type: ignore[misc]
     store.key_encoding = None  # type: ignore[misc]
     store.closed = True  # type: ignore[misc]
