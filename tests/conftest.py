@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, An
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a script in `tmp_path`, by an interpreter of its own."""
+    """Run a script in `tmp_path`, by an interpreter of its own.
+
+    It can import `conftest` and `moments`.
+    """
 
     def run(
         script: str,
@@ -58,6 +62,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         result = subprocess.run(
             [sys.executable, *options, "script.py", *map(str, arguments)],
             cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
             capture_output=True,
             text=True,
             timeout=60,
@@ -115,22 +120,7 @@ class Worker:
 
         Or, if not `inside`, until it is outside.
         """
-        pause = threading.Event()
-        for _ in range(int(PATIENCE * 100)):
-            if (function in self._functions()) == inside:
-                return
-            pause.wait(0.01)
-        raise AssertionError(f"the thread never came to {function}()")
-
-    def _functions(self) -> list[str]:
-        # Not kept, as it refers to all frames, and so to their transactions.
-        # Documented in spite of its underscore.
-        frame = sys._current_frames().get(self._thread.ident or 0)  # noqa: SLF001
-        names = []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        return names
+        wait_until_in(function, self._thread.ident or 0, inside)
 
     def result(self) -> Any:
         self._thread.join(PATIENCE)
@@ -138,6 +128,27 @@ class Worker:
         if self._error is not None:
             raise self._error
         return self._result
+
+
+def wait_until_in(function: str, thread: int, inside: bool = True) -> None:
+    """As `Worker.wait_until_in`, for any thread."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE * 100)):
+        if (function in _functions(thread)) == inside:
+            return
+        pause.wait(0.01)
+    raise AssertionError(f"the thread never came to {function}()")
+
+
+def _functions(thread: int) -> list[str]:
+    # Not kept, as it refers to all frames, and so to their transactions.
+    # Documented in spite of its underscore.
+    frame = sys._current_frames().get(thread)  # noqa: SLF001
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
 
 
 @pytest.fixture

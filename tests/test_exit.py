@@ -221,8 +221,9 @@ def test_exit_does_not_wait_for_ever_for_a_blocked_commit(run, stored):
     # Another process is LMDB's writer; a daemon thread waits for it in a commit.
     script = """
 import subprocess, sys, threading
-from lmdb_object_store import LmdbObjectStore, _lifecycle
-_lifecycle._EXIT_PATIENCE /= 25  # spares this test some seconds
+from lmdb_object_store import LmdbObjectStore
+from moments import let_exit_wait
+let_exit_wait(0.2)  # spares this test some seconds
 store = LmdbObjectStore("db", batch_size=2)
 store.put_many({b"flushed": 0})
 other = '''

@@ -11,9 +11,20 @@ from multiprocessing import get_context
 
 import pytest
 
-from conftest import PATIENCE
-from lmdb_object_store import BusyError, ClosedError, _process
-from moments import Parked, every_step, handling
+from conftest import PATIENCE, wait_until_in
+from lmdb_object_store import BusyError, ClosedError
+from moments import (
+    FORK_BARS_READS,
+    FORK_KEEPS_WRITERS,
+    FORK_WAITS_FOR_READS,
+    FORKS,
+    WAITS_FOR_BLOCK,
+    WAITS_FOR_FORK,
+    WAITS_FOR_SNAPSHOTS,
+    Parked,
+    every_step,
+    handling,
+)
 from test_faults import ENGINES, verify
 
 pytestmark = [
@@ -428,7 +439,6 @@ verify("db")
 
 @ENGINES
 def test_fork_while_other_threads_do_everything(run, monkeypatch, lib_version):
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     for name in list(os.environ):  # its tracer has a lock that hangs such children
         if name.startswith("COVERAGE"):
             monkeypatch.delenv(name)
@@ -450,7 +460,7 @@ def test_a_fork_waits_for_a_commit_and_reads_go_on_meanwhile(
 
     with Parked(in_thread, method, action) as writing:
         forking = in_thread(lambda: fork(child))
-        forking.wait_until_in("_before_fork")
+        forking.wait_until_in(FORKS)
         assert in_thread(lambda: store[b"key"]).result() == 1
         waiting = in_thread(lambda: store.put_many({b"later": 4}))
         assert forking.running
@@ -466,7 +476,7 @@ def test_a_fork_waits_for_a_read(open_store, in_thread):
     store.put_many({b"key": 1})
     with Parked(in_thread, "get", lambda: store.get(b"key")) as reading:
         forking = in_thread(lambda: fork(lambda: store[b"key"] == 1))
-        forking.wait_until_in("_drained")
+        forking.wait_until_in(FORK_WAITS_FOR_READS)
         # Others are let in again and again.
         assert in_thread(lambda: store[b"key"]).result() == 1
         assert forking.running
@@ -482,7 +492,7 @@ def test_a_fork_waits_for_a_read_that_looks_for_a_slot(open_store, in_thread):
         with reading:
             forking = in_thread(lambda: fork(lambda: not store.closed))
             for inside in True, False, True:  # it tries again and again
-                forking.wait_until_in("stop", inside)
+                forking.wait_until_in(FORK_BARS_READS, inside)
             assert forking.running
             reading.leave()
             assert forking.result() == 0
@@ -502,7 +512,7 @@ def test_a_fork_waits_for_no_block_and_no_snapshot(open_store, in_thread):
             assert forked.result() == 0
             # Who waits for the block holds a lock.
             writer = in_thread(lambda: store.put_many({b"after": 4}))
-            writer.wait_until_in("_await_block")
+            writer.wait_until_in(WAITS_FOR_BLOCK)
             assert in_thread(lambda: fork(lambda: store[b"key"] == 1)).result() == 0
             assert writer.running
         writer.result()
@@ -523,7 +533,7 @@ def test_a_fork_does_not_wait_for_growth_that_waits_for_a_snapshot(
     store.put_many({b"key": 1})
     with store.snapshot() as snapshot:
         growing = in_thread(lambda: store.put_many({b"large": bytes(2**20)}))
-        growing.wait_until_in("_await_snapshots")
+        growing.wait_until_in(WAITS_FOR_SNAPSHOTS)
         assert in_thread(lambda: fork(lambda: store[b"key"] == 1)).result() == 0
         assert growing.running
         assert snapshot[b"key"] == 1
@@ -636,8 +646,8 @@ def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
 
 
 STUCK = f"""{FORK}
-from lmdb_object_store import _process
-_process._PATIENCE = 0.1
+from moments import is_writing, let_forks_wait
+let_forks_wait(0.1)
 store = open_store()
 store.put_many({{"key": 1}})
 other = LmdbObjectStore("other")
@@ -652,7 +662,7 @@ with lmdb.open("db").begin(write=True):
 holder.stdout.readline()
 writing = threading.Thread(target=lambda: store.put_many({{"late": 2}}))
 writing.start()
-while store._env.writer is None:
+while not is_writing(store):
     pass
 
 def child():
@@ -726,15 +736,9 @@ store.close(strict=True)
 
 def test_a_store_that_can_not_begin_anew_in_a_child(run, stored):
     script = f"""{FORK}
-from lmdb_object_store import _environment
+from moments import fail_to_begin_anew
 store, other = open_store(), LmdbObjectStore("other")
 store["pending"] = 1
-real = _environment.SharedEnvironment.begin_anew
-
-def fail_once(env):
-    _environment.SharedEnvironment.begin_anew = real
-    raise MemoryError
-
 def child():
     try:
         store["pending"]
@@ -746,7 +750,7 @@ def child():
     other.close(strict=True)
     assert wait_for(lambda: store.close()) == 0
 
-_environment.SharedEnvironment.begin_anew = fail_once
+fail_to_begin_anew()
 assert wait_for(child) == 0
 store.close(strict=True)
 other.close(strict=True)
@@ -771,25 +775,17 @@ def test_a_signal_handler_while_a_fork_waits(open_store, in_thread):
         writing.leave()
 
     def release():
-        forking.wait()
+        wait_until_in(FORK_KEEPS_WRITERS, main)
         flushing = in_thread(store.flush)
-        flushing.wait_until_in("await_fork")
+        flushing.wait_until_in(WAITS_FOR_FORK)
         os.kill(os.getpid(), signal.SIGINT)
         return flushing
 
-    forking = threading.Event()
-    real = _process._all_rest  # noqa: SLF001 (to know that the fork has begun)
-
-    def all_rest(*arguments):
-        forking.set()
-        return real(*arguments)
-
+    main = threading.get_ident()
     with (
         handling(use),
         Parked(in_thread, "putmulti", lambda: other.put_many({b"a": 1})) as writing,
-        pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(_process, "_all_rest", all_rest)
         releasing = in_thread(release)
         assert fork(lambda: store[b"key"] == 1) == 0
         releasing.result().result()
@@ -810,7 +806,7 @@ def test_a_fork_does_not_wait_for_a_block_that_waits_for_a_snapshot(
 
     with store.snapshot() as snapshot:
         growing = in_thread(block)
-        growing.wait_until_in("_await_snapshots")
+        growing.wait_until_in(WAITS_FOR_SNAPSHOTS)
         assert in_thread(lambda: fork(lambda: store[b"key"] == 1)).result() == 0
         assert growing.running
         assert snapshot[b"key"] == 1
@@ -861,8 +857,7 @@ assert os.waitpid(pid, 0)[1] == 0
 
 MIDST = f"""{FORK}
 from conftest import Worker
-from lmdb_object_store import _process
-from moments import Parked
+from moments import Parked, let_forks_wait
 
 class Forks:
     def __reduce__(self):
@@ -876,7 +871,7 @@ def fork():
 store = open_store()
 numbers = {{f"{{n:03}}": n for n in range(1, 200)}}
 store.put_many({{"key": 1, "000": Forks(), **numbers}})
-_process._PATIENCE = 0.1
+let_forks_wait(0.1)
 try:
     found, _ = store.get_many([f"{{n:03}}" for n in range(200)])
 except ClosedError as error:
@@ -889,8 +884,7 @@ store.close(strict=True)
 """
 
 
-def test_a_child_can_not_go_on_if_a_read_did_not_end(run, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+def test_a_child_can_not_go_on_if_a_read_did_not_end(run):
     run(MIDST, options=("-W", "ignore::DeprecationWarning"))
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from conftest import PATIENCE
 from lmdb_object_store import ClosedError, LmdbObjectStore, UnpickleError
-from moments import Parked, every_step, handling
+from moments import WAITS_FOR_READS, Parked, every_step, handling
 
 LARGE = 150_000  # bytes of a value that isn't copied before it is unpickled
 MIB = 2**20
@@ -407,7 +407,7 @@ def test_a_loop_that_a_finalizer_interrupts_does_not_lock_out_a_clear(
     looping = in_thread(loop)
     assert inside.wait(PATIENCE)
     clearing = in_thread(store.clear)  # there is no room for what is pending
-    clearing.wait_until_in("alone")
+    clearing.wait_until_in(WAITS_FOR_READS)
     go_on.set()
     assert len(looping.result()) in (9, 0)
     clearing.result()

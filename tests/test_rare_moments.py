@@ -11,7 +11,13 @@ import pytest
 
 from conftest import PATIENCE
 from lmdb_object_store import BusyError, ClosedError, ConflictError, LmdbObjectStore
-from moments import Parked, at_call
+from moments import (
+    LOOKS_BEFORE_POP,
+    WAITS_FOR_READ_OF_SNAPSHOT,
+    WAITS_FOR_WRITER,
+    Parked,
+    at_call,
+)
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
@@ -63,7 +69,7 @@ def test_a_snapshot_that_ends_while_a_read_waits_for_another(store, in_thread):
         snapshot = stack.enter_context(store.snapshot())
         with Parked(in_thread, "get", lambda: snapshot["a"]) as first:
             second = in_thread(lambda: snapshot["b"])
-            second.wait_until_in("under")
+            second.wait_until_in(WAITS_FOR_READ_OF_SNAPSHOT)
             stack.close()
             assert first.release() == 1
             with pytest.raises(ClosedError):
@@ -131,7 +137,7 @@ def test_a_store_without_locks_gives_no_snapshot(tmp_path):
 def test_close_ends_a_snapshot_that_is_opened_while_it_waits(store, in_thread):
     with Parked(in_thread, "commit", lambda: store.put_many({"c": 3})) as writing:
         closing = in_thread(store.close)
-        closing.wait_until_in("as_writer")
+        closing.wait_until_in(WAITS_FOR_WRITER)
         with store.snapshot() as snapshot:
             writing.release()
             closing.result()
@@ -206,7 +212,7 @@ def test_a_pop_in_a_block_takes_what_a_signal_handler_has_put(store):
     def put():
         store["a"] = 10
 
-    with store.transaction(), at_call("begin", put, "_look"):
+    with store.transaction(), at_call("begin", put, LOOKS_BEFORE_POP):
         assert store.pop("a") == 10
     assert "a" not in store
 

@@ -10,7 +10,14 @@ import pytest
 
 from conftest import PATIENCE, run_all
 from lmdb_object_store import LmdbObjectStore, ReadersFullError
-from moments import Parked, at_call
+from moments import (
+    GETS_MANY,
+    GETS_ONE,
+    WAITS_FOR_SLOT,
+    WAITS_FOR_SLOT_TO_OPEN,
+    Parked,
+    at_call,
+)
 from test_faults import ENGINES, verify
 
 # Holds read transactions in as many threads, and says so.
@@ -128,7 +135,7 @@ def test_a_read_takes_the_turn_of_one_that_ends(open_store, in_thread):
         Parked(in_thread, "get", read) as second,
     ):
         third = in_thread(read)
-        third.wait_until_in("_await_slot")
+        third.wait_until_in(WAITS_FOR_SLOT)
         assert third.running
         assert first.release() == second.release() == third.result() == 1
 
@@ -143,7 +150,7 @@ def test_a_snapshot_waits_for_the_end_of_another(open_store, in_thread):
 
     with store.snapshot():
         waiting = in_thread(look)
-        waiting.wait_until_in("_await_slot")
+        waiting.wait_until_in(WAITS_FOR_SLOT)
         assert waiting.running
     assert waiting.result() == 1
 
@@ -191,7 +198,7 @@ def test_opening_waits_for_a_slot(open_store, hold, in_thread, tmp_path):
     with pytest.raises(ReadersFullError, match="larger max_readers"):
         LmdbObjectStore(path, timeout=0)
     opening = in_thread(lambda: LmdbObjectStore(path))
-    opening.wait_until_in("_open")
+    opening.wait_until_in(WAITS_FOR_SLOT_TO_OPEN)
     first.kill()
     second.kill()
     with opening.result() as store:
@@ -201,11 +208,11 @@ def test_opening_waits_for_a_slot(open_store, hold, in_thread, tmp_path):
 def test_a_signal_handler_inside_a_read_does_not_wait_for_a_slot(open_store):
     store = open_store(max_readers=1)
     store.put_many({b"key": 1})
-    with at_call("get", lambda: store[b"other"], "read") as results:
+    with at_call("get", lambda: store[b"other"], GETS_ONE) as results:
         assert store[b"key"] == 1
     # CPython lets go of the interrupted transaction after the handler, or before.
     assert results in ([ReadersFullError], [KeyError])
-    with at_call("begin", lambda: store[b"other"], "_begin_many_at_once") as results:
+    with at_call("begin", lambda: store[b"other"], GETS_MANY) as results:
         assert store.get_many([b"key"])[0] == {b"key": 1}
     assert results == [ReadersFullError]
 
@@ -213,16 +220,17 @@ def test_a_signal_handler_inside_a_read_does_not_wait_for_a_slot(open_store):
 def test_a_file_that_is_closed_while_a_read_waits_for_a_slot(open_store, in_thread):
     store = open_store(max_readers=1)
     store.put_many({b"key": 1})
-    ended = threading.Event()
+    opened, ended = threading.Event(), threading.Event()
 
     def hold_slot():
         with store.snapshot():
+            opened.set()
             assert ended.wait(PATIENCE)
 
     holding = in_thread(hold_slot)
-    holding.wait_until_in("wait")
+    assert opened.wait(PATIENCE)
     waiting = in_thread(lambda: store[b"key"])
-    waiting.wait_until_in("_await_slot")
+    waiting.wait_until_in(WAITS_FOR_SLOT)
     store.close()
     with pytest.raises(lmdb.Error, match="closed"):
         waiting.result()
@@ -236,6 +244,6 @@ def test_a_file_that_is_opened_again_waits_for_a_slot(open_store, hold, in_threa
     holder = hold(store.db_path, 0, 2, 2)
     store.env.close()
     reading = in_thread(lambda: store[b"key"])
-    reading.wait_until_in("_open")
+    reading.wait_until_in(WAITS_FOR_SLOT_TO_OPEN)
     holder.kill()
     assert reading.result() == 1

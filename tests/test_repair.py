@@ -17,7 +17,7 @@ from lmdb_object_store import (
     LmdbObjectStore,
     SizeError,
 )
-from moments import Parked
+from moments import SIZES_RECORD, WAITS_FOR_WRITER, Parked, limit_values
 
 LARGE = b"x" * 2**18
 
@@ -137,8 +137,7 @@ def test_growth_fails_while_the_user_writes_and_works_afterwards(open_store, in_
 
 def test_a_value_that_lmdb_cannot_store_is_refused(open_store, monkeypatch):
     store = open_store()
-    # Private, but the real limit, 4 GiB, would take 8 GiB of memory to reach.
-    monkeypatch.setattr(store._env, "max_value", 1000)  # noqa: SLF001
+    limit_values(monkeypatch, store, 1000)
     for write in (store.put, lambda key, value: store.put_many([(key, value)])):
         with pytest.raises(SizeError, match="below 4 GiB"):
             write(b"k", bytes(1000))
@@ -156,7 +155,7 @@ def test_threads_that_meet_a_dead_environment_open_it_once(
         store.env.close()
         readers = [in_thread(lambda: store.get(b"k")) for _ in range(2)]
         for reader in readers:
-            reader.wait_until_in("as_writer")
+            reader.wait_until_in(WAITS_FOR_WRITER)
         writer.release()
         assert [reader.result() for reader in readers] == [1, 1]
     assert caplog.text.count("reopened") == 1
@@ -248,7 +247,7 @@ def test_a_put_is_refused_if_the_store_closes_just_before_it_is_buffered(open_st
     store.put(b"k", bytes(150))
 
     def handler(frame, event, _):  # like one for a signal, at a chosen moment
-        if event == "return" and frame.f_code.co_name == "_size":
+        if event == "return" and frame.f_code.co_name == SIZES_RECORD:
             sys.setprofile(None)
             store.close()
 
@@ -315,5 +314,5 @@ def test_two_reads_that_meet_the_same_error(open_store, in_thread):
     store.env.close()
     with Parked(in_thread, "info", lambda: store[b"key"]) as first:
         second = in_thread(lambda: store[b"key"])
-        second.wait_until_in("as_writer")
+        second.wait_until_in(WAITS_FOR_WRITER)
         assert first.release() == second.result() == 1

@@ -23,7 +23,14 @@ from lmdb_object_store import (
     LostWritesError,
     ReadOnlyError,
 )
-from moments import Parked, at_call, every_step, handling, is_method
+from moments import (
+    WAITS_FOR_CLOSE,
+    Parked,
+    at_call,
+    every_step,
+    handling,
+    is_method,
+)
 
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 UNCLOSED = pytest.mark.filterwarnings("ignore:.* was not closed:ResourceWarning")
@@ -1171,7 +1178,7 @@ def test_opening_while_a_close_gives_up(open_store, in_thread):
         Parked(in_thread, "sync", store.close) as closing,
     ):
         opening = in_thread(open_store)
-        opening.wait_until_in("await_close")
+        opening.wait_until_in(WAITS_FOR_CLOSE)
         with pytest.raises(BusyError, match="read in progress"):
             closing.release()
         other = opening.result()  # long before its own timeout is over

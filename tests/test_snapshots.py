@@ -27,7 +27,16 @@ from lmdb_object_store import (
     SnapshotOpenError,
     UnpickleError,
 )
-from moments import Parked, every_step, handling, is_method
+from moments import (
+    SHARES_SNAPSHOT,
+    WAITS_FOR_READ_OF_SNAPSHOT,
+    WAITS_FOR_READS,
+    WAITS_FOR_WRITER,
+    Parked,
+    every_step,
+    handling,
+    is_method,
+)
 
 KIB, MIB = 2**10, 2**20
 SMALL_MAP = 16 * mmap.PAGESIZE
@@ -818,7 +827,7 @@ def test_snapshot_is_read_by_one_thread_at_a_time(store, in_thread, moment):
         others = [in_thread(partial(dict, snapshots[0])) for _ in range(2)]
         others.append(in_thread(lambda: snapshots[0]["a"]))
         for other in others:
-            other.wait_until_in("_share")
+            other.wait_until_in(SHARES_SNAPSHOT)
         owner.leave()
         assert [other.result() for other in others] == [model, model, 1]
         turn.set()
@@ -837,7 +846,7 @@ def test_threads_that_share_a_snapshot_wait_for_each_others_reads(store, in_thre
         Parked(in_thread, "get", lambda: snapshot["a"]) as first,
     ):
         second = in_thread(read)
-        second.wait_until_in("under")
+        second.wait_until_in(WAITS_FOR_READ_OF_SNAPSHOT)
         assert not reading.is_set()
         assert first.release() == 1
         assert second.result() == 2
@@ -1002,7 +1011,7 @@ def test_closing_the_store_waits_for_a_read_that_is_in_the_map(
         read = partial(read_or_closed, snapshot, moment)
         with Parked(in_thread, moment, read) as reader:
             closing = in_thread(store.close)
-            closing.wait_until_in("alone")
+            closing.wait_until_in(WAITS_FOR_READS)
             assert closing.running
             assert reader.release() in ("closed", model)
             closing.result()
@@ -1057,7 +1066,7 @@ def test_snapshot_during_a_flush_has_what_is_being_flushed(store, in_thread):
     with Parked(in_thread, "commit", store.flush) as writer:
         stack = ExitStack()
         opening = in_thread(lambda: stack.enter_context(store.snapshot()))
-        opening.wait_until_in("as_writer")
+        opening.wait_until_in(WAITS_FOR_WRITER)
         writer.release()
         with stack:
             assert opening.result() == {"key": 1}
@@ -1671,7 +1680,7 @@ def test_new_snapshots_wait_for_growth_that_waits(open_store, hold, waiting, in_
                 return dict(snapshot)
 
         opening = in_thread(use)
-        opening.wait_until_in("as_writer")
+        opening.wait_until_in(WAITS_FOR_WRITER)
         assert holder.do(use) == {b"key": 1}  # it has one already
         assert opening.running
         assert growing.running
@@ -1858,7 +1867,7 @@ def test_snapshot_that_is_opened_just_before_the_map_moves(
         pause = stack.enter_context(Pause())
         opener = stack.enter_context(Parked(in_thread, "begin", use))
         growing = in_thread(lambda: store.put_many(BIG))
-        growing.wait_until_in("alone")  # it has waited for all snapshots
+        growing.wait_until_in(WAITS_FOR_READS)  # it has waited for all snapshots
         opener.leave()
         pause.reached()
         assert in_thread(lambda: store[b"key"]).result() == 1
@@ -1882,7 +1891,7 @@ def test_a_block_that_grows_while_a_snapshot_comes_just_before_the_map_moves(
 
     with Pause() as pause, Parked(in_thread, "begin", use) as opener:
         growing = in_thread(lambda: end_a_block(store))
-        growing.wait_until_in("alone")
+        growing.wait_until_in(WAITS_FOR_READS)
         opener.leave()
         pause.reached()
         assert growing.running
@@ -2028,7 +2037,7 @@ def test_growth_waits_for_a_read_that_is_stuck_in_a_closed_snapshot(
         reader = Parked(in_thread, "get", lambda: snapshot[b"key"])
     with reader:
         growing = in_thread(lambda: store.put_many(BIG))
-        growing.wait_until_in("alone")
+        growing.wait_until_in(WAITS_FOR_READS)
         assert in_thread(lambda: store[b"key"]).result() == 1
         assert growing.running
         assert reader.release() == 1

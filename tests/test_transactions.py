@@ -37,7 +37,13 @@ from lmdb_object_store import (
     SnapshotOpenError,
     UnpickleError,
 )
-from moments import Parked
+from moments import (
+    WAITS_FOR_BLOCK,
+    WAITS_FOR_LMDB,
+    WAITS_FOR_SNAPSHOTS,
+    WAITS_FOR_WRITER,
+    Parked,
+)
 
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
@@ -45,8 +51,6 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()
 MIB = 2**20
 SMALL_MAP = 16 * mmap.PAGESIZE
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
-
-WAIT = "_await_block"  # where a thread waits for the end of a block
 
 START = {"a": 1, "b": [2], "c": "three", "m:1": 10, "m:2": 20, "m:3": 30, "z": None}
 
@@ -662,7 +666,7 @@ def test_writes_of_other_threads_wait_for_the_end(
     with store.transaction():
         store["a"] = 5
         writer = in_thread(lambda: write(store))
-        writer.wait_until_in(WAIT)
+        writer.wait_until_in(WAITS_FOR_BLOCK)
         store["b"] = [6]
         del store["c"]
         assert_is(store, BLOCK)
@@ -675,7 +679,7 @@ def test_writes_of_other_threads_go_on_after_an_undone_block(store, in_thread):
     with suppress(Abort), store.transaction():
         store["a"] = 5
         writers = [in_thread(lambda: add_one(store)) for _ in range(3)]
-        writers[0].wait_until_in(WAIT)
+        writers[0].wait_until_in(WAITS_FOR_BLOCK)
         raise Abort
     for writer in writers:
         writer.result()
@@ -687,7 +691,7 @@ def test_a_full_buffer_waits_for_the_end(store, in_thread):
     with store.transaction():
         store["a"] = 5
         writer = in_thread(lambda: store.put("b", 7))
-        writer.wait_until_in(WAIT)
+        writer.wait_until_in(WAITS_FOR_BLOCK)
     writer.result()
     assert on_disk(store) == {**START, "a": 5, "b": 7}
 
@@ -696,7 +700,7 @@ def test_close_in_another_thread_waits_for_the_end(store, in_thread, open_store)
     with store.transaction():
         store["a"] = 5
         closer = in_thread(store.close)
-        closer.wait_until_in(WAIT)
+        closer.wait_until_in(WAITS_FOR_BLOCK)
         store["b"] = 6
         assert store["b"] == 6
         assert not store.closed
@@ -717,10 +721,10 @@ def test_a_thread_that_waits_for_one_block_may_wait_for_another(store, in_thread
     with store.transaction():
         store["a"] += 1
         block = in_thread(second)
-        block.wait_until_in(WAIT)
+        block.wait_until_in(WAITS_FOR_BLOCK)
     assert entered.wait(PATIENCE)
     writer = in_thread(lambda: store.put("b", 7))
-    writer.wait_until_in(WAIT)
+    writer.wait_until_in(WAITS_FOR_BLOCK)
     assert store["a"] == 2
     leave.set()
     block.result()
@@ -854,7 +858,7 @@ def test_a_block_waits_for_the_block_of_another_process(store, process, in_threa
     process.ask("block.__enter__() and None")
     process.ask("store.put('a', 10)")
     writer = in_thread(lambda: add_one(store))
-    writer.wait_until_in("_open_block")
+    writer.wait_until_in(WAITS_FOR_LMDB)
     assert store["a"] == 1
     process.ask("block.__exit__(None, None, None)")
     writer.result()
@@ -1374,7 +1378,7 @@ def test_writers_wait_for_the_end_of_a_thread(store, in_thread):
     runner = in_thread(run)
     assert begun.wait(PATIENCE)
     writer = in_thread(lambda: add_one(store))
-    writer.wait_until_in(WAIT)
+    writer.wait_until_in(WAITS_FOR_BLOCK)
     leave.set()
     runner.result()
     writer.result()
@@ -1477,7 +1481,7 @@ def test_a_writer_that_waits_when_the_block_is_left_elsewhere_is_told(store, in_
     owner = Owner(store)
     try:
         writer = in_thread(lambda: add_one(store))
-        writer.wait_until_in(WAIT)
+        writer.wait_until_in(WAITS_FOR_BLOCK)
         close_generator(owner.kept)
         with pytest.raises(BusyError, match="another thread"):
             writer.result()
@@ -1752,7 +1756,7 @@ def test_growth_at_the_end_lets_other_threads_read(open_store, in_thread):
     with Parked(in_thread, "set_mapsize", grow) as growing:
         reader = in_thread(lambda: store[b"a"])
         writer = in_thread(lambda: store.put(b"b", 2))
-        writer.wait_until_in("as_writer")
+        writer.wait_until_in(WAITS_FOR_WRITER)
         growing.release()
         # The read may have come before the end, or after it.
         assert reader.result() in (1, bytes(MIB))
@@ -1965,7 +1969,7 @@ def test_the_end_of_a_block_waits_for_a_snapshot(open_store, in_thread):
 
     with store.snapshot() as snapshot:
         growing = in_thread(grow)
-        growing.wait_until_in("_await_snapshots")
+        growing.wait_until_in(WAITS_FOR_SNAPSHOTS)
         assert store[b"a"] == snapshot[b"a"] == 1
         assert growing.running
     growing.result()
@@ -1982,7 +1986,7 @@ def test_another_process_waits_while_the_end_of_a_block_does(store, in_thread, p
 
     with store.snapshot():
         growing = in_thread(grow)
-        growing.wait_until_in("_await_snapshots")
+        growing.wait_until_in(WAITS_FOR_SNAPSHOTS)
         process.begin("add('a', 1)")
         threading.Event().wait(0.2)  # if it didn't wait, that would be enough
         assert store["a"] == 1
@@ -2248,7 +2252,7 @@ def test_an_edit_is_a_block(store, in_thread):
         assert store["b"] == [2]
         assert in_thread(lambda: store["a"]).result() == 1
         writer = in_thread(lambda: edit_other(store))
-        writer.wait_until_in(WAIT)
+        writer.wait_until_in(WAITS_FOR_BLOCK)
     writer.result()
     assert_is(store, {**START, "a": 5, "b": [2, 5, "other"]})
 
