@@ -385,7 +385,9 @@ def test_who_pops_and_puts_counts_right(open_store, hasty, batch_size):
 
 @BUFFERED
 @pytest.mark.parametrize(
-    "call", [*POPS, lambda store: store.setdefault("key", 1)], ids=str
+    "call",
+    [*POPS, lambda store: store.setdefault("key", 1)],
+    ids=[*(pop.__name__ for pop in POPS), "setdefault"],
 )
 def test_a_value_that_can_not_be_unpickled_stays(store, call, buffered):
     store["key"] = Bad()
