@@ -43,14 +43,18 @@ Counts = tuple[Counter[str], Counter[str]]
 """How often each name is called, and how many modules each process has read."""
 
 
-def modules() -> Iterator[tuple[str, bytes]]:
+def modules(root: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the source of each module that can be imported."""
-    for folder, subfolders, files in os.walk(STDLIB):
+    for folder, subfolders, files in os.walk(root):
         subfolders[:] = filter(str.isidentifier, {*subfolders} - TESTS)
         for path in (Path(folder, file) for file in files):
             if path.suffix == ".py" and path.stem.isidentifier():
-                name = ".".join(path.relative_to(STDLIB).with_suffix("").parts)
-                yield name.removesuffix(".__init__"), path.read_bytes()
+                name = ".".join(path.relative_to(root).with_suffix("").parts)
+                try:
+                    source = path.read_bytes()
+                except OSError:  # a dangling link
+                    continue
+                yield name.removesuffix(".__init__"), source
 
 
 def ranges(store: LmdbObjectStore[str, bytes], number: int) -> list[Range]:
@@ -124,11 +128,11 @@ def run(client: Client, path: Path) -> None:
         print(f"{times:>8,} {name}")
 
 
-def fill(path: Path) -> None:
-    """Store the source of each module."""
+def fill(root: Path, path: Path) -> None:
+    """Store the source of each module of a library."""
     with LmdbObjectStore[str, bytes](path, key_encoding="utf-8") as store:
         start = perf_counter()
-        store.put_many(modules())
+        store.put_many(modules(root))
         seconds = perf_counter() - start
         print(f"writing  {seconds:.2f} s for {len(store):,} modules")
 
@@ -139,11 +143,14 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="keep the store in this directory")
     parser.add_argument("--workers", type=int, default=2, help="how many processes")
     parser.add_argument("--scheduler", help="the address of a cluster to use instead")
+    parser.add_argument(
+        "--source", type=Path, default=STDLIB, help="read this library instead"
+    )
     arguments = parser.parse_args()
-    print(f"Python {platform.python_version()}, standard library in {STDLIB}")
+    print(f"Python {platform.python_version()}, standard library in {arguments.source}")
     with tempfile.TemporaryDirectory() as temporary:
         path = arguments.path or Path(temporary, "store")
-        fill(path)
+        fill(arguments.source, path)
         if arguments.scheduler:
             with Client(arguments.scheduler) as client:
                 run(client, path)

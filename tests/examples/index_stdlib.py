@@ -24,6 +24,7 @@ from lmdb_object_store import LmdbObjectStore
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SAMPLE = 1000  # how many entries to look up
 SHOWN = "calendar.isleap"
+INTERVAL = 2.0  # seconds between two lines of progress, if there is no terminal
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -38,19 +39,19 @@ class Entry(TypedDict):
     line: int
 
 
-def sources() -> list[Path]:
-    """List the files of the standard library that can be imported as modules."""
+def sources(root: Path) -> list[Path]:
+    """List the files of a library that can be imported as modules."""
     found: list[Path] = []
-    for folder, subfolders, files in os.walk(STDLIB):
+    for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(filter(str.isidentifier, subfolders))  # site-packages
         paths = [Path(folder, file) for file in sorted(files)]
         found += [p for p in paths if p.suffix == ".py" and p.stem.isidentifier()]
     return found
 
 
-def entries(path: Path) -> list[Entry]:
+def entries(path: Path, root: Path) -> list[Entry]:
     """Parse a source file and describe what it defines."""
-    relative = path.relative_to(STDLIB)
+    relative = path.relative_to(root)
     module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the source, such as invalid escapes
@@ -86,18 +87,22 @@ def signature(node: Definition) -> str:
     return f"({ast.unparse(node.args)}){result}"
 
 
-def index(path: Path) -> list[str]:
-    """Fill the store at `path` and return the names in it."""
+def index(root: Path, path: Path) -> list[str]:
+    """Fill the store at `path` with a library and return the names in it."""
     names: set[str] = set()  # a name defined twice is one object
     skipped = 0
     seconds = 0.0
-    files = sources()
+    files = sources(root)
+    progress = Progress()
     with LmdbObjectStore[str, Entry](path, key_encoding="utf-8") as store:
         for number, file in enumerate(files, 1):
-            progress(f"{number:,} of {len(files):,} modules, {len(names):,} objects")
+            progress.show(
+                f"{number:,} of {len(files):,} modules, {len(names):,} objects"
+            )
             try:
-                found = entries(file)
-            except (SyntaxError, ValueError):  # bad on purpose, data of some test
+                found = entries(file, root)
+            except (OSError, SyntaxError, ValueError):
+                # A dangling link; or bad on purpose, data of some test.
                 skipped += 1
                 continue
             start = perf_counter()
@@ -107,7 +112,7 @@ def index(path: Path) -> list[str]:
             names.update(entry["name"] for entry in found)
         start = perf_counter()
     seconds += perf_counter() - start  # closing writes the rest
-    progress("")
+    progress.clear()
     print(f"modules  {len(files) - skipped:,} parsed, {skipped:,} skipped")
     print(f"writing  {seconds:.2f} s for {len(names):,} objects")
     return sorted(names)
@@ -128,21 +133,41 @@ def look_up(path: Path, names: list[str]) -> None:
     pprint(entry, sort_dicts=False)
 
 
-def progress(text: str) -> None:
-    """Show a counter that overwrites itself, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"{text:<60}", end="\r", file=sys.stderr, flush=True)
+class Progress:
+    """A counter that overwrites itself on a terminal; else a line now and then."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = -INTERVAL
+
+    def show(self, text: str) -> None:
+        """Show it, if it is time."""
+        if self._terminal:
+            print(f"{text:<60}", end="\r", file=sys.stderr, flush=True)
+        elif perf_counter() >= self._shown + INTERVAL:
+            self._shown = perf_counter()
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave the terminal as it was."""
+        if self._terminal:
+            self.show("")
 
 
 def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--path", type=Path, help="keep the store in this directory")
+    parser.add_argument(
+        "--source", type=Path, default=STDLIB, help="index this library instead"
+    )
     arguments = parser.parse_args()
-    print(f"Python {platform.python_version()}, standard library in {STDLIB}")
+    print(f"Python {platform.python_version()}, standard library in {arguments.source}")
     with tempfile.TemporaryDirectory() as temporary:
         path = arguments.path or Path(temporary)
-        look_up(path, index(path))
+        kept = "" if arguments.path else " until the end; --path keeps it"
+        print(f"store    in {path}{kept}", flush=True)  # the rest takes a while
+        look_up(path, index(arguments.source, path))
 
 
 if __name__ == "__main__":
