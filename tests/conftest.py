@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,55 @@ from lmdb_object_store import LmdbObjectStore
 
 PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
+
+THOROUGH = False
+"""Whether to try all moments and to repeat often."""
+SEED = 0
+"""It chooses the moments that are tried if not all are."""
+
+# In this order; then all others.
+SLOWEST = [
+    *("test_block_interrupts", "test_interrupts", "test_reentrancy", "test_fork"),
+    *("test_capacity", "test_iteration", "test_faults", "test_bank", "test_examples"),
+    *("test_interface", "test_model", "test_snapshots", "test_sharing"),
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="try all moments of every operation, and repeat often",
+    )
+    parser.addoption(
+        "--seed", type=int, help="choose the same moments as a run that printed this"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global THOROUGH, SEED
+    if config.option.seed is None:  # the workers of pytest-xdist get this one
+        config.option.seed = random.randrange(10**6)
+    THOROUGH, SEED = config.option.thorough, config.option.seed
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # As a shell starts what runs in the background, and nohup. The tests send it,
+        # and programs that they start would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def times(usual: int, *, thorough: int) -> int:
+    """Return how often to repeat, or how much to do: more with ``--thorough``."""
+    return thorough if THOROUGH else usual
+
+
+def pytest_report_header() -> str:
+    return "all moments" if THOROUGH else f"some moments, chosen by --seed={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slowest files: no process is to be left with one at the end."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOWEST)))
 
 
 @pytest.fixture(scope="module", autouse=True)

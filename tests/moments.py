@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import gc
 import os
+import random
 import signal
 import sys
 import threading
@@ -12,10 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import lmdb
 
+import conftest
 import lmdb_object_store
 from conftest import PATIENCE
 from lmdb_object_store import LmdbObjectStore, _environment, _lifecycle, _process
@@ -85,6 +88,7 @@ def fail_to_begin_anew() -> None:
 _T = TypeVar("_T")
 _LIBRARY = os.path.dirname(lmdb_object_store.__file__)
 _ROUNDS = 2
+_ONE_IN = 8
 _TOOL = 4  # of sys.monitoring; coverage.py and debuggers have other numbers
 
 
@@ -201,35 +205,59 @@ def every_step(
     CPython runs the signal handler where it next looks for signals, as it would
     for one from outside. Yields what was prepared and the result of `action`, or
     its exception, until `action` ends before the signal. For the main thread.
+
+    Without ``--thorough``, one moment in `_ONE_IN` gets its signal, at equal distances
+    from a first one that ``--seed`` chooses for each test: so none of the longer
+    stretches between two steps of an operation is left out.
     """
-    tried: set[tuple[Any, int, int]] = set()
+    moments = _Moments()
     reached = True
     while reached:
         subject = prepare()
         gc.disable()  # no finalizer of something else is to run in between
         try:
-            reached, result = _with_signal(tried, partial(action, subject))
+            reached, result = _with_signal(moments, partial(action, subject))
         finally:
             gc.enable()
         yield subject, result
 
 
-def _with_signal(
-    tried: set[tuple[Any, int, int]], action: Callable[[], Any]
-) -> tuple[bool, Any]:
-    """Call `action` with a signal where none has been tried."""
+def part_of(number: int) -> int:
+    """Return how many of so many moments `every_step` tries at least."""
+    return number if conftest.THOROUGH else number // _ONE_IN
+
+
+class _Moments:
+    """The moments of an operation: a bytecode that runs for the nth time each."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[Any, int, int]] = set()
+        self._one_in = 1 if conftest.THOROUGH else _ONE_IN
+        test = os.environ["PYTEST_CURRENT_TEST"]  # pytest sets it
+        dice = random.Random(f"{conftest.SEED} {test}")
+        self._numbers = count(dice.randrange(self._one_in))
+
+    def take(self, code: Any, offset: int, number: int) -> bool:
+        """Whether a moment has not been there yet, and is to be tried."""
+        moment = (code, offset, number)
+        if number > _ROUNDS or moment in self._seen:
+            return False
+        self._seen.add(moment)
+        return next(self._numbers) % self._one_in == 0
+
+
+def _with_signal(moments: _Moments, action: Callable[[], Any]) -> tuple[bool, Any]:
+    """Call `action` with a signal at the next moment that is to be tried."""
     trip = Trip(signal.SIGINT)
     reached = False
     rounds: Counter[tuple[Any, int]] = Counter()
 
-    def is_new(code: Any, offset: int) -> bool:
+    def is_next(code: Any, offset: int) -> bool:
         nonlocal reached
         rounds[code, offset] += 1
-        moment = (code, offset, rounds[code, offset])
-        if moment in tried or moment[2] > _ROUNDS:
+        if not moments.take(code, offset, rounds[code, offset]):
             return False
-        tried.add(moment)
-        reached = True
+        reached = True  # and stays so: other threads may come here, too
         return True
 
     # The hooks trip the signal as the last thing that they do themselves: after
@@ -240,7 +268,7 @@ def _with_signal(
             if not frame.f_code.co_filename.startswith(_LIBRARY):
                 return None
             frame.f_trace_opcodes = True
-        elif event == "opcode" and is_new(frame.f_code, frame.f_lasti):
+        elif event == "opcode" and is_next(frame.f_code, frame.f_lasti):
             sys.settrace(None)
             trip.now  # noqa: B018
         return trace
@@ -248,7 +276,7 @@ def _with_signal(
     def instruction(code: Any, offset: int) -> Any:
         if not code.co_filename.startswith(_LIBRARY):
             return sys.monitoring.DISABLE
-        if is_new(code, offset):
+        if is_next(code, offset):
             sys.monitoring.set_events(_TOOL, 0)
             trip.now  # noqa: B018
         return None

@@ -15,9 +15,9 @@ import pytest
 
 import lmdb_object_store
 import moments
-from conftest import run_all
+from conftest import run_all, times
 from lmdb_object_store import BusyError, ClosedError, LmdbObjectStore
-from moments import every_step, handling
+from moments import every_step, handling, part_of
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 OLD = {"a": 1, "b": 2, "list": [0]}
@@ -195,7 +195,7 @@ def test_the_beginning_of_a_block_with_something_pending_may_be_interrupted(
         assert state.pop("pending") == number
         assert state in (OLD, STATEMENTS[write])
         check_readers(store)
-    assert number > 500
+    assert number > part_of(500)
     in_thread(lambda: grow_at_once(store)).result()
     in_thread(store.close).result()
 
@@ -402,7 +402,7 @@ def test_a_signal_handler_may_use_the_store_at_every_moment(
         for _, result in every_step(lambda: restore(store), statement):
             assert result is None
             assert in_thread(visitor.check).result() == new
-    assert visitor.visits > 100
+    assert visitor.visits > part_of(100)
     assert visitor.served > visitor.refused > visitor.visits
     in_thread(lambda: grow_at_once(store)).result()
     in_thread(store.close).result()
@@ -417,7 +417,7 @@ def test_a_signal_handler_may_use_the_store_in_what_is_undone(store, in_thread):
             state = in_thread(lambda: state_from_outside(store)).result()
             state = {key: state[key] for key in state if key not in KEPT}
             assert state == STATEMENTS[nest_and_fail]
-    assert visitor.visits > 100
+    assert visitor.visits > part_of(100)
     in_thread(lambda: grow_at_once(store)).result()
     in_thread(store.close).result()
 
@@ -451,8 +451,8 @@ def test_a_signal_handler_may_close_at_every_moment(open_store, in_thread):
             assert state.pop("pending") == 1
             assert state == (OLD if result else STATEMENTS[write])
             store.delete("pending")
-    assert closed > 50
-    assert refused > 50
+    assert closed > part_of(50)
+    assert refused > part_of(50)
 
 
 # Finalizers
@@ -604,7 +604,7 @@ signal.signal(signal.SIGINT, handler)
 over = threading.Event()
 firing = threading.Thread(target=fire)
 firing.start()
-end = time.monotonic() + 2
+end = time.monotonic() + int(sys.argv[2])
 while time.monotonic() < end:
     for operation in operations:
         name = operation.__name__
@@ -646,7 +646,7 @@ print(hits)
 
 def test_a_storm_leaves_every_block_whole_and_the_store_closable(tmp_path):
     path = str(tmp_path / "db")
-    run = [sys.executable, "-c", STORM, path]
+    run = [sys.executable, "-c", STORM, path, str(times(1, thorough=2))]
     printed = subprocess.run(run, check=True, timeout=60, stdout=subprocess.PIPE).stdout
     assert int(printed) > 100
     with LmdbObjectStore(path, key_encoding="utf-8") as store:

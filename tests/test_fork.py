@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from conftest import PATIENCE, wait_until_in
+from conftest import PATIENCE, times, wait_until_in
 from lmdb_object_store import BusyError, ClosedError
 from moments import (
     FORK_BARS_READS,
@@ -348,7 +348,7 @@ def test_forking_by_subprocess(open_store):
 
 BUSY = f"""{FORK}
 from test_faults import verify
-lib_version = int(sys.argv[1])
+lib_version, children = map(int, sys.argv[1:])
 store = open_store(lib_version=lib_version, map_size=2**18, sync=False)
 TOTAL = 1000
 store.put_many({{f"account {{n}}": TOTAL // 10 for n in range(10)}})
@@ -419,19 +419,19 @@ threads = [loop(work) for work in (read, iterate, flush, put_many, move, look, g
 for thread in threads:
     thread.start()
 try:
-    for number in range(25):
+    for number in range(children):
         assert wait_for(child) == 0
 finally:
     done.set()
     for thread in threads:
         thread.join()
 total()
-assert [store[f"child {{n}}"] for n in range(25)] == list(range(25))
+assert [store[f"child {{n}}"] for n in range(children)] == list(range(children))
 assert [store[f"flush {{n}}"] for n in range(counts["flush"])] == list(
     range(counts["flush"])
 )
 assert len(store.keys("put_many ")) == 10 * counts["put_many"]
-assert store["account 3"] == TOTAL // 10 - 25
+assert store["account 3"] == TOTAL // 10 - children
 store.close(strict=True)
 verify("db")
 """
@@ -442,7 +442,8 @@ def test_fork_while_other_threads_do_everything(run, monkeypatch, lib_version):
     for name in list(os.environ):  # its tracer has a lock that hangs such children
         if name.startswith("COVERAGE"):
             monkeypatch.delenv(name)
-    run(BUSY, lib_version, options=("-W", "ignore::DeprecationWarning"))
+    children = times(8, thorough=25)
+    run(BUSY, lib_version, children, options=("-W", "ignore::DeprecationWarning"))
 
 
 @pytest.mark.parametrize("method", ["putmulti", "commit", "begin", "sync"])
@@ -614,6 +615,7 @@ def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
     other.put_many({b"key": 2})
     codes = []
     moments = count()
+    distance = times(4, thorough=10)  # as a fork takes its time
 
     def child():
         try:
@@ -625,7 +627,7 @@ def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
         return other[b"key"] == 2
 
     def handler():
-        if next(moments) % 10 == 0:  # a fork takes its time
+        if next(moments) % distance == 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             codes.append(fork(child))
 
