@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from conftest import times
 from lmdb_object_store import (
     ConflictError,
     GrowthError,
@@ -24,10 +25,10 @@ TIMEOUT = 90
 ACCOUNTS = [f"account {number:02}" for number in range(100)]
 BALANCE = 1_000
 THREADS = 2  # of each process
-TRANSFERS = 200  # of each thread
+TRANSFERS = times(60, thorough=200)  # of each thread
 FOREVER = 10**9
-KILLS = 12
-STEP = 2**20  # by which the map grows, again and again
+KILLS = times(4, thorough=12)
+STEP = 2**18  # by which the map grows, again and again
 OPTIONS = {"key_encoding": "utf-8", "map_size": STEP, "max_map_size": STEP}
 
 

@@ -9,6 +9,7 @@ import random
 import lmdb
 import pytest
 
+from conftest import times
 from lmdb_object_store import LmdbObjectStore
 
 KIB = mmap.PAGESIZE // 4  # What fits is a matter of pages, which are not all 4 KiB.
@@ -151,7 +152,9 @@ def test_reads_go_on_and_log_that_the_buffer_is_stuck(open_capped, caplog):
 
 
 @ENGINES
-@pytest.mark.parametrize("cap", [*CAPS, 64 * MIB], ids=lambda cap: f"{cap // KIB}K")
+@pytest.mark.parametrize(
+    "cap", [*CAPS, times(32, thorough=64) * MIB], ids=lambda cap: f"{cap // KIB}K"
+)
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
 def test_a_value_is_refused_at_once_or_fits(open_capped, engine, cap, used):
     store = open_capped(cap, 1000, **engine)
@@ -282,7 +285,7 @@ def test_full_and_empty_again_and_again(open_capped, engine, cap):
     for size in (max(KIB // 5, cap // 4000), KIB * 4 // 3, cap // 20):
         store = open_capped(cap, max(5, cap // size // 20), **engine)
         first = fill(store, size)
-        for _ in range(4):
+        for _ in range(times(2, thorough=4)):
             for number in range(first):
                 store.delete(key_of(number))
             store.flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, times
 from lmdb_object_store import LmdbObjectStore
 
 LINUX = sys.platform == "linux"
@@ -78,7 +78,7 @@ def test_kill_leaves_all_or_nothing_of_each_batch(tmp_path, lib_version):
     chance = random.Random(lib_version)
     path = tmp_path / "db"
     start, last = 0, -1
-    for _ in range(20):
+    for _ in range(times(6, thorough=20)):
         command = [sys.executable, "-c", WRITE_FOR_EVER, path, lib_version, start, last]
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as child:
             try:
@@ -132,7 +132,7 @@ for number in range(10**9):
 def test_kill_leaves_all_or_nothing_of_what_is_deleted(tmp_path, lib_version, how):
     chance = random.Random(lib_version)
     path = tmp_path / "db"
-    for _ in range(6):
+    for _ in range(times(2, thorough=6)):
         command = [sys.executable, "-c", DELETE_FOR_EVER, path, lib_version, how]
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as child:
             try:

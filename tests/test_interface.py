@@ -16,6 +16,7 @@ from types import MappingProxyType
 import lmdb
 import pytest
 
+from conftest import times
 from lmdb_object_store import LmdbObjectStore, UnpickleError
 
 LARGE = 128 * 2**10
@@ -167,11 +168,11 @@ LARGE_VALUES = {
     "ascii": "a" * 200_000,
     "many lines": "line\n" * 60_000,
     "not ascii": "\N{SNOWMAN}é" * 80_000,
-    "array": array.array("q", range(50_000)),
-    "ints": list(range(100_000)),
+    "array": array.array("q", range(times(20_000, thorough=50_000))),
+    "ints": list(range(times(50_000, thorough=100_000))),
     "big int": 3**900_000,
-    "strings": [str(n) for n in range(30_000)],
-    "dict": {f"key {n}": n * 1.5 for n in range(20_000)},
+    "strings": [str(n) for n in range(times(20_000, thorough=30_000))],
+    "dict": {f"key {n}": n * 1.5 for n in range(times(10_000, thorough=20_000))},
     "objects": [User(f"user {n}", ["a", "b"]) for n in range(5_000)],
     "references": [SHARED, SHARED, bytes(LARGE), SHARED],
     "nested": [[bytes(100_000), [bytearray(100_000), ["x" * 100_000]]]],

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from conftest import Worker
+from conftest import Worker, times
 from lmdb_object_store import (
     BusyError,
     ClosedError,
@@ -741,5 +741,5 @@ def count_steps():
 # Reducing a failure to its essence takes Hypothesis up to five minutes.
 TestStoreAsDict = pytest.mark.timeout(400)(StoreAsDict.TestCase)
 TestStoreAsDict.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None
+    max_examples=times(30, thorough=100), stateful_step_count=40, deadline=None
 )
