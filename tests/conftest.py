@@ -126,6 +126,17 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep coverage.py out of the programs that the test runs.
+
+    Its tracer has a lock, which a KeyboardInterrupt can leave held and a fork inherits.
+    """
+    for name in list(os.environ):
+        if name.startswith("COVERAGE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def stored(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Return all that is on disk in one of the stores in `tmp_path`."""
 

@@ -644,6 +644,7 @@ print(hits)
 """
 
 
+@pytest.mark.usefixtures("_unmeasured")
 def test_a_storm_leaves_every_block_whole_and_the_store_closable(tmp_path):
     path = str(tmp_path / "db")
     run = [sys.executable, "-c", STORM, path, str(times(1, thorough=2))]

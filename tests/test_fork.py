@@ -437,11 +437,9 @@ verify("db")
 """
 
 
+@pytest.mark.usefixtures("_unmeasured")
 @ENGINES
-def test_fork_while_other_threads_do_everything(run, monkeypatch, lib_version):
-    for name in list(os.environ):  # its tracer has a lock that hangs such children
-        if name.startswith("COVERAGE"):
-            monkeypatch.delenv(name)
+def test_fork_while_other_threads_do_everything(run, lib_version):
     children = times(8, thorough=25)
     run(BUSY, lib_version, children, options=("-W", "ignore::DeprecationWarning"))
 

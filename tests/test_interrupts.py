@@ -464,6 +464,7 @@ print(hits)
 """
 
 
+@pytest.mark.usefixtures("_unmeasured")
 def test_a_storm_leaves_the_store_whole_and_closable(tmp_path):
     path = str(tmp_path / "db")
     run = [sys.executable, "-c", STORM, path, str(times(1, thorough=4))]
