@@ -219,6 +219,18 @@ def in_thread() -> Callable[[Callable[[], Any]], Worker]:
     return Worker
 
 
+def wait_until_idle(thread: threading.Thread) -> None:
+    """Wait until a thread has executed nothing for a while, as it waits for a lock."""
+    pause = threading.Event()
+    moments: list[Any] = []
+    while len(moments) < 20 or len(set(moments[-20:])) > 1:
+        # Documented in spite of its underscore.
+        frame = sys._current_frames()[thread.ident or 0]  # noqa: SLF001
+        moments.append((frame.f_code, frame.f_lasti))
+        del frame  # it refers to all frames
+        pause.wait(0.005)
+
+
 def run_all(*actions: Callable[[], Any]) -> list[Any]:
     """Run the actions in a thread each, starting at once; return their results."""
     start = threading.Barrier(len(actions))

@@ -21,66 +21,72 @@ import lmdb
 import conftest
 import lmdb_object_store
 from conftest import PATIENCE
-from lmdb_object_store import LmdbObjectStore, _environment, _lifecycle, _process
+from lmdb_object_store import LmdbObjectStore, _fork, _locks, _shared
 
 # All that the tests know of the inside of the library stands from here to "Moments".
 
 # The functions that a thread is in at a moment that nothing outside shows, for
 # `Worker.wait_until_in`.
-WAITS_FOR_WRITER = "as_writer"  # until another thread doesn't write any more
+WAITS_FOR_WRITER = "do"  # until another thread doesn't write any more
 WAITS_FOR_BLOCK = "_await_block"  # for the end of another thread's transaction block
-WAITS_FOR_SNAPSHOTS = "_await_snapshots"  # as the map has to move
-WAITS_FOR_READS = "alone"  # as the map moves now, or the file is closed
-WAITS_FOR_READ_OF_SNAPSHOT = "under"  # that another thread does in the same snapshot
+WAITS_FOR_SNAPSHOTS = "await_snapshots"  # as the map has to move
+WAITS_FOR_READS = "exclusive"  # as the map moves now, or the file is closed
+WAITS_FOR_READ_OF_SNAPSHOT = "locked"  # that another thread does in the same snapshot
 SHARES_SNAPSHOT = "_share"  # reads first in a snapshot that another thread has used
 WAITS_FOR_SLOT = "_await_slot"  # of LMDB's table of readers, to read
 WAITS_FOR_SLOT_TO_OPEN = "_open"  # to open the file
 WAITS_FOR_CLOSE = "await_close"  # of the same file, to open it anew
-WAITS_FOR_LMDB = "_open_block"  # another process writes, and a block is to begin
+WAITS_FOR_LMDB = "_open"  # another process writes, and a block is to begin
 WAITS_FOR_FORK = "await_fork"  # of another thread, to write
 FORKS = "_before_fork"  # has to fork, and waits for all that does not rest
 FORK_KEEPS_WRITERS = "_all_rest"  # no other thread begins to write any more
 FORK_WAITS_FOR_READS = "_drained"
-FORK_BARS_READS = "stop"  # for a moment, again and again
+FORK_BARS_READS = "pause"  # for a moment, again and again
 
 # The functions that call py-lmdb, for `at_call`.
 GETS_ONE = "read"  # a value for `store[key]` and `get`
-GETS_MANY = "_begin_many_at_once"  # values for `get_many`
-LOOKS_BEFORE_POP = "_look"  # at the value that `pop` is about to take
+GETS_MANY = "pick"  # values for `get_many`
+LOOKS_BEFORE_POP = "pick_views"  # at the value that `pop` is about to take
+KEEPS_TRANSACTION = "is_pinned"  # for the values of `get_many`, while user code runs
 
 # The function that returns just before a put takes its place in the buffer.
-SIZES_RECORD = "_size"
+SIZES_RECORD = "size_of"
 
 
 def is_writing(store: LmdbObjectStore[Any, Any]) -> bool:
     """Whether a thread has begun to write to the file."""
-    return store._env.writer is not None  # noqa: SLF001
+    return store._shared.writer.thread is not None  # noqa: SLF001
 
 
 def limit_values(monkeypatch: Any, store: LmdbObjectStore[Any, Any], size: int) -> None:
     """Let LMDB take no value of `size` bytes: the real limit takes 8 GiB to reach."""
-    monkeypatch.setattr(store._env, "max_value", size)  # noqa: SLF001
+    monkeypatch.setattr(store._pending, "max_value", size)  # noqa: SLF001
+
+
+def notice_soon(monkeypatch: Any) -> None:
+    """Let all waits be logged almost at once."""
+    monkeypatch.setattr(_locks, "NOTICE", 0.01)
 
 
 def let_forks_wait(seconds: float) -> None:
     """Let a fork wait so long for calls of LMDB to end."""
-    _process._PATIENCE = seconds  # noqa: SLF001
+    _fork._PATIENCE = seconds  # noqa: SLF001
 
 
 def let_exit_wait(seconds: float) -> None:
     """Let the end of the interpreter wait so long for writers."""
-    _lifecycle._EXIT_PATIENCE = seconds  # noqa: SLF001
+    _shared._EXIT_PATIENCE = seconds  # noqa: SLF001
 
 
 def fail_to_begin_anew() -> None:
     """Let the first store that a fork's child should get anew fail."""
-    real = _environment.SharedEnvironment.begin_anew
+    real = _shared.SharedStore.reset_in_child
 
     def fail_once(env: Any) -> None:
-        _environment.SharedEnvironment.begin_anew = real
+        _shared.SharedStore.reset_in_child = real
         raise MemoryError
 
-    _environment.SharedEnvironment.begin_anew = fail_once
+    _shared.SharedStore.reset_in_child = fail_once
 
 
 # Moments

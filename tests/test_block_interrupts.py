@@ -15,7 +15,7 @@ import pytest
 
 import lmdb_object_store
 import moments
-from conftest import run_all, times
+from conftest import PATIENCE, run_all, times
 from lmdb_object_store import BusyError, ClosedError, LmdbObjectStore
 from moments import every_step, handling, part_of
 
@@ -523,6 +523,7 @@ def test_a_finalizer_may_read_in_another_thread_than_the_block_and_the_snapshot(
 
 @pytest.mark.usefixtures("hasty")
 def test_finalizers_may_write_while_other_threads_have_blocks(store):
+    store.timeout = PATIENCE  # for the other thread's block
     done = [0, 0]
 
     def work(number):

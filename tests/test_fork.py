@@ -666,7 +666,8 @@ while not is_writing(store):
     pass
 
 def child():
-    for use in lambda: store["key"], lambda: store.put("a", 1), store.flush:
+    length = lambda: len(store)
+    for use in lambda: store["key"], lambda: store.put("a", 1), store.flush, length:
         try:
             use()
         except ClosedError as error:
@@ -905,6 +906,11 @@ try:
                 pid = os.fork()
                 if pid:
                     assert os.waitpid(pid, 0)[1] == 0
+                else:
+                    grandchild = os.fork()
+                    if grandchild == 0:
+                        os._exit(not refused(lambda: store["key"]))
+                    assert os.waitpid(grandchild, 0)[1] == 0
         except ClosedError:
             assert pid == 0
             assert refused(lambda: store["key"])

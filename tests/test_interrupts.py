@@ -2,18 +2,19 @@
 
 import gc
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 
 import pytest
 
-from conftest import PATIENCE, times
+from conftest import PATIENCE, times, wait_until_idle
 from lmdb_object_store import GrowthError, LmdbObjectStore
-from moments import every_step, part_of
+from moments import KEEPS_TRANSACTION, Parked, every_step, part_of
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
@@ -385,6 +386,75 @@ def test_opening_may_be_interrupted_at_every_moment(tmp_path):
             store[b"a"] = 1
         shutil.rmtree(path)
     assert interrupted > part_of(50)
+
+
+@contextmanager
+def interrupted_at_return(function):
+    """Raise KeyboardInterrupt where a function of the library returns first."""
+
+    def hook(frame, event, _):
+        if event == "return" and frame.f_code.co_name == function:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(hook)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("use", [grow_at_once, LmdbObjectStore.close])
+def test_what_an_interrupted_read_leaves_does_not_hold_up_others(
+    open_filled, in_thread, use
+):
+    store = open_filled()
+    with interrupted_at_return(KEEPS_TRANSACTION):
+        try:
+            store.get_many(["a", "large"])
+        except KeyboardInterrupt:  # refers to the frames of the read
+            in_thread(lambda: use(store)).result()
+    assert store.closed == (use is LmdbObjectStore.close)
+
+
+def test_a_store_may_be_closed_wherever_a_read_was_interrupted(open_filled):
+    results = []
+    for store, result in every_step(open_filled, get_many):
+        results.append(result)
+        store.close()
+        assert store.closed
+        shutil.rmtree(store.db_path)
+    assert len(results) > part_of(100)
+
+
+WAITING = {
+    "put": lambda store: store.put("new", 1),
+    "delete": lambda store: store.delete("a"),
+    "get_many": lambda store: store.get_many(["a", "put"]),
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="the OS can't do that")
+@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
+def test_a_wait_for_the_buffer_may_be_interrupted(open_filled, in_thread, wait):
+    store = open_filled()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt():
+        wait_until_idle(threading.main_thread())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    try:
+        # It begins its transaction with the buffer locked.
+        with Parked(in_thread, "begin", lambda: store.get_many(["a"])):
+            interrupting = in_thread(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                wait(store)
+            interrupting.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    check(store)
+    in_thread(lambda: check_locks(store)).result()
 
 
 # All operations, in a storm of interrupts

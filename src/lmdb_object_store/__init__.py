@@ -1,6 +1,6 @@
 """A thread-safe, dict-like store of Python objects on disk, built on LMDB."""
 
-from ._snapshot import Snapshot
+from ._mapping import Snapshot
 from .exceptions import (
     BusyError,
     ClosedError,

@@ -1,131 +1,117 @@
 """The gate: reads pass it together; growth, adoption and close hold it alone.
 
-LMDB's map can't be moved or unmapped while a transaction is open on it, so
-whoever does that must know that no read is in the map. Two kinds of reader are
-told apart:
+LMDB's map can't be moved or unmapped while a read is in it. There are two kinds:
 
-- A thread *in the gate* has a transaction or a view of the map in its hands. It
-  calls none of the user's code there (but may be interrupted by a signal handler
-  or a finalizer), so it leaves within microseconds, and who wants the gate alone
-  waits for it.
-- A `Pin` outlives one passage: the value being unpickled piece by piece, the
-  keys of one `get_many`. User code runs meanwhile, for as long as it likes, so
-  nobody waits for a pin: who has the gate alone makes it *detach*, that is copy
-  what it still needs, and it goes on from the copy.
+- A thread *in the gate* has a transaction or a view of the map in its hands. It runs
+  no user code there, but for signal handlers and finalizers that interrupt it. So it
+  leaves within microseconds, and the thread that wants the gate alone waits for it.
+- A `Pin` outlives one passage: the value being unpickled piece by piece, the keys of
+  one `get_many`. User code runs meanwhile, for as long as it likes, so no thread waits
+  for a pin: the thread that has the gate alone makes the pin *copy out* the rest of its
+  data, and the pin goes on from the copy.
 """
 
 from __future__ import annotations
 
-import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from functools import partial
 from threading import RLock, get_ident
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import lmdb
 
+from ._locks import Action, Args, locked, poll
 from .exceptions import BusyError
 
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
-SLICE = 0.05
-"""Seconds for which readers are kept out while one of them does not leave."""
-
-
-def under(lock: RLock, action: Callable[..., _R], *args: Any) -> _R:
-    """Call `action` under a lock.
-
-    No exception crosses the ``with``, where a signal could make 3.10 skip its end.
-    """
-    with lock:
-        try:
-            # Not kept in a variable: the traceback of a KeyboardInterrupt that comes
-            # before the end would keep it, too, and it may be a transaction.
-            return action(*args)
-        except BaseException as error:
-            failure = error
-    try:
-        raise failure
-    finally:
-        del failure  # it refers to this frame
-
-
-def is_mine(lock: RLock) -> bool:
-    """Whether this thread holds a lock, as it does if it has been interrupted there."""
-    # Private, but what threading.Condition relies on as well.
-    return bool(lock._is_owned())  # type: ignore[attr-defined]
+SLICE = 0.05  # seconds for which readers are kept out while a read does not leave
 
 
 class Pin(ABC):
-    """A read that spans several passages of the gate. Weakly known to the gate."""
+    """A read that spans several passages of the gate, which knows the pin weakly."""
 
     __slots__ = ("__weakref__", "txn")
 
     def __init__(self, txn: lmdb.Transaction[Any] | None = None) -> None:
-        self.txn = txn  # None once it is detached or released
+        self.txn = txn  # None once the pin has copied out or forgotten
 
     @abstractmethod
-    def detach(self) -> None:
-        """Copy what is still needed out of the map, and end the transaction.
+    def copy_out(self) -> None:
+        """Copy the rest of the data out of the map, and let go of the transaction.
 
-        Called by whoever holds the gate alone; calling it again does nothing.
+        For the thread that holds the gate alone. A second call does nothing.
         """
 
-    def release(self) -> None:
-        """Let go of the transaction."""
+    def forget(self) -> None:
+        """Let go of the transaction, which another owner ends."""
         self.txn = None
 
-    def end(self) -> None:
-        """End the transaction, whoever else refers to it. Call it in the gate.
+    def abort(self) -> None:
+        """End the transaction, in the gate, though something else may refer to it.
 
         The traceback of a KeyboardInterrupt does, and interactive Python keeps the
-        last one: LMDB could not use the pages again that the transaction shows.
+        last traceback: LMDB could not reuse the pages that the transaction shows.
         """
         if self.txn is not None:
             self.txn.abort()
 
 
+class OpenIterator(Protocol):
+    """An iterator over a store, as the gate knows it."""
+
+    source: Any  # of its entries
+    owner: Any  # the store object or snapshot that it is of
+
+    def stop(self) -> None: ...
+    def leave_to_parent(self) -> None: ...
+
+
+class _InUse(Generic[_T]):
+    """Objects that are known as long as others use them."""
+
+    def __init__(self) -> None:
+        self.refs: set[weakref.ref[_T]] = set()
+
+    def add(self, one: _T) -> None:
+        self.refs.add(weakref.ref(one, self.refs.discard))
+
+    def all(self) -> list[_T]:
+        return [one for ref in list(self.refs) if (one := ref()) is not None]
+
+
 class Gate:
-    """Who reads, and who wants no reads.
+    """Counts the readers, and knows the thread that keeps them out.
 
-    A reader enters itself in `readers`, *then* looks at `barred`; who wants the
-    gate alone sets `barred`, *then* looks at `readers`: one always sees the other.
+    A reader enters itself in `readers`, *then* looks at `holder`; a thread that wants
+    the gate alone sets `holder`, *then* looks at `readers`: one always sees the other.
 
-    Entering is ``readers[me] = ...`` directly followed by ``try:``, and leaving
-    the first statement of its ``finally:``. CPython (3.10 and later) delivers
-    signals at calls and backward jumps only, so no KeyboardInterrupt can come
-    between, and no reader stays counted. For the same reason the functions here
-    take the work as a callable: a context manager written in Python could be
-    interrupted between having entered and the start of its block.
-
-    CPython 3.10 delivers signals also at conditional jumps, and when an exception
-    arrives at a handler, before the handler's first instruction (``__exit__`` of a
-    ``with`` included) unless that is the start of a ``try``. Hence the ``try:`` at
-    the start of each ``finally:`` that must run; for locks see `under`. In 3.13 a
-    signal at the end of a loop's ``if`` escapes the ``with`` or ``try`` around it:
-    such loops have functions of their own.
+    Entering is ``readers[me] = ...`` directly followed by ``try:``, and leaving is
+    the first statement of its ``finally:``. Neither is a call, so no KeyboardInterrupt
+    comes between, and no reader stays counted.
     """
 
     def __init__(self) -> None:
         # Threads that read: True in the gate, False while they run user code.
         self.readers: dict[int, bool] = {}
-        # The thread that holds the gate alone.
-        self.barred: int | None = None
+        self.holder: int | None = None  # the thread that has the gate alone
+        self.lock = RLock()  # held by the holder, for readers to wait on
         # Whether to expect large values: if not, reads are spared a memoryview.
         self.large_seen = False
-        # Held while barred, for readers to wait on.
-        self._bar = RLock()
-        self._pins: set[weakref.ref[Pin]] = set()
+        self.pins: _InUse[Pin] = _InUse()
+        # They hold nothing between their steps, but end with their store.
+        self.iterators: _InUse[OpenIterator] = _InUse()
 
-    def in_gate(self, action: Callable[..., _R], *args: Any) -> _R:
+    def read(self, action: Action[_R], *args: Any) -> _R:
         """Call `action`, a read that has the map in its hands, and no user code."""
         readers = self.readers
         me = get_ident()
         outer = readers.get(me)
         readers[me] = True
         try:
-            if self.barred is not None:
+            if self.holder is not None:
                 self.give_way(me, outer)
             return action(*args)
         finally:
@@ -137,8 +123,8 @@ class Gate:
             finally:
                 pass
 
-    def outside_gate(self, action: Callable[..., _R], *args: Any) -> _R:
-        """Call `action`, a read that may run user code, and count it as one."""
+    def user_code(self, action: Action[_R], *args: Any) -> _R:
+        """Call `action`, a read that may run user code, and count it as a reader."""
         readers = self.readers
         me = get_ident()
         outer = readers.get(me)
@@ -153,98 +139,95 @@ class Gate:
                 pass
 
     def give_way(self, me: int, outer: bool | None) -> None:
-        """Leave the gate while somebody else holds it alone, then enter again.
+        """Leave the gate while another thread holds it alone, then enter again.
 
-        A read nested in one that is in the gate (a signal handler's, say) goes
-        on: the holder is still waiting for the outer one.
+        A read nested in one that is in the gate goes on: the holder waits for the
+        outer read.
         """
-        while not outer and self.barred not in (None, me):
+        while not outer and self.holder not in (None, me):
             self.readers[me] = False
-            with self._bar:
-                pass
+            locked(self.lock, bool)
             self.readers[me] = True
 
-    def pin(self, pin: Pin) -> None:
-        """Make `pin` detach before the map moves.
+    def is_pinned(self, txn: lmdb.Transaction[Any]) -> bool:
+        for ref in list(self.pins.refs):
+            pin = ref()
+            if pin is not None and pin.txn is txn:
+                return True
+        return False
 
-        Call it in the gate if it has a transaction.
+    def stop_iterators(self, source: object, owner: object = None) -> None:
+        """Empty the chunks of the iterators of a closed `source` (and its `owner`)."""
+        for one in self.iterators.all():
+            if one.source is source and (owner is None or owner is one.owner):
+                one.stop()
+
+    def exclusive(
+        self, timeout: float, notice: Action[None], action: Action[_R], *args: Any
+    ) -> _R:
+        """Call `action` when no thread is in the gate and all pins have copied out.
+
+        The caller's thread is not in the gate. To move or close the map, it holds the
+        write lock. If a read does not leave in time, a BusyError is raised.
         """
-        self._pins.add(weakref.ref(pin, self._pins.discard))
-
-    def pins(self) -> list[Pin]:
-        """Return the pins that are still in use."""
-        return [pin for ref in list(self._pins) if (pin := ref()) is not None]
-
-    def alone(self, timeout: float, action: Callable[..., _R], *args: Any) -> _R:
-        """Call `action` when no thread is in the gate and all pins are detached.
-
-        The caller's thread is not in the gate. To move the map or to close it, it
-        holds the write lock.
-
-        Raises
-        ------
-        BusyError
-            A read did not leave within `timeout` seconds.
-        """
-        if self.barred == get_ident():
+        if self.holder == get_ident():
             return action(*args)
-        deadline = time.monotonic() + timeout
         results: list[_R] = []
-        while not under(self._bar, self._try_alone, results, action, args):
-            if time.monotonic() > deadline:
-                raise BusyError(
-                    "A read in progress does not end, so the map can't be moved."
-                )
-            time.sleep(SLICE)  # a reader is stuck: let the others read
+        attempt = partial(locked, self.lock, self._try_exclusive, results, action, args)
+        # After a failed attempt the other readers read for a while.
+        if not poll(attempt, timeout, SLICE, notice=notice):
+            text = "A read in progress does not end, so the map can't be moved."
+            raise BusyError(text)
         return results[0]
 
-    # A fork, in which no call of LMDB may be running
-
-    def stop(self) -> bool:
-        """Keep all reads out until `go_on`; return whether none is in.
-
-        As in `alone`, pins are detached.
-        """
-        if not self._bar.acquire(timeout=SLICE):
-            return False
-        self.barred = get_ident()
-        if not self._drained():
-            return False
-        for pin in self.pins():
-            pin.detach()
-        return True
-
-    def go_on(self) -> None:
-        """Let reads in again. Undoes what an interrupt has left of `stop`, too."""
-        if self.barred == get_ident():
-            self.barred = None
-        try:  # asking first would leave room for an interrupt
-            self._bar.release()
-        except RuntimeError:
-            pass  # it was not acquired
-
-    def _try_alone(
-        self, results: list[_R], action: Callable[..., _R], args: tuple[Any, ...]
-    ) -> bool:
-        self.barred = get_ident()
+    def _try_exclusive(self, results: list[_R], action: Action[_R], args: Args) -> bool:
+        self.holder = get_ident()
         try:
             if not self._drained():
                 return False
-            for pin in self.pins():
-                pin.detach()
             results.append(action(*args))
             return True
         finally:
             try:
-                self.barred = None
+                self.holder = None
             finally:
                 pass
 
     def _drained(self) -> bool:
-        deadline = time.monotonic() + SLICE
-        while True in self.readers.values():
-            if time.monotonic() > deadline:
-                return False
-            # Not a Condition: an interrupt can leave that one's lock held.
-            time.sleep(0.0001)
+        """Wait a moment until no thread is in the gate, and make the pins copy out."""
+        if not poll(lambda: True not in self.readers.values(), SLICE, 0.0001):
+            return False
+        for pin in self.pins.all():
+            pin.copy_out()
         return True
+
+    def pause(self) -> bool:
+        """Keep all reads out until `resume`; return whether none is in, for a fork."""
+        if not self.lock.acquire(timeout=SLICE):
+            return False
+        self.holder = get_ident()
+        return self._drained()
+
+    def resume(self) -> None:
+        """Let reads in again. Undoes what an interrupt has left of `pause`, too."""
+        if self.holder == get_ident():
+            self.holder = None
+        try:  # as in `locked`
+            self.lock.release()
+        except RuntimeError:
+            pass  # an interrupt came before the lock was acquired
+
+    def reset_in_child(self) -> None:
+        """Begin anew in a child process made by fork.
+
+        To end the transactions of the parent's readers would free slots in use.
+        """
+        for pin in self.pins.all():
+            pin.forget()
+        for iterator in self.iterators.all():
+            iterator.leave_to_parent()
+        self.readers = {}
+        self.holder = None
+        self.lock = RLock()
+        self.pins = _InUse()
+        self.iterators = _InUse()

@@ -1,11 +1,11 @@
-"""Keys: what the user gives, what LMDB stores, what a message shows."""
+"""Keys: as the user spells them, as LMDB stores them, in messages; and key ranges."""
 
 from __future__ import annotations
 
 import codecs
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .exceptions import SizeError
 
@@ -22,18 +22,7 @@ def describe(key: bytes | str) -> str:
 
 
 class KeyCodec:
-    """Turns keys into the bytes that LMDB stores, and back into text.
-
-    Parameters
-    ----------
-    encoding, errors, normalize
-        As `LmdbObjectStore` documents them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An unknown codec, error handler or normal form.
-    """
+    """Turns keys into the bytes that LMDB stores, and back into text."""
 
     def __init__(self, encoding: str | None, errors: str, normalize: str | None):
         try:
@@ -68,10 +57,10 @@ class KeyCodec:
             return self._refuse_str
         if self._plain_utf8:
             return str.encode
-        if normalize is not None:
-            to_normal = unicodedata.normalize
-            return lambda key: to_normal(normalize, key).encode(encoding, errors)
-        return lambda key: key.encode(encoding, errors)
+        if normalize is None:
+            return lambda key: key.encode(encoding, errors)
+        to_normal = unicodedata.normalize
+        return lambda key: to_normal(normalize, key).encode(encoding, errors)
 
     @staticmethod
     def _refuse_str(key: str) -> bytes:
@@ -81,17 +70,7 @@ class KeyCodec:
         )
 
     def encode(self, key: object) -> bytes:
-        """Return the bytes that stand for `key`.
-
-        Raises
-        ------
-        TypeError
-            Not bytes-like, nor a str where a key encoding is set.
-        UnicodeEncodeError
-            A str that the codec can't encode.
-        SizeError
-            Empty, or longer than LMDB's limit.
-        """
+        """Return the bytes that stand for `key`, or raise if it can't be a key."""
         raw = self.from_str(key) if isinstance(key, str) else self.encode_bound(key)
         if 0 < len(raw) <= self.max_size:
             return raw
@@ -103,13 +82,7 @@ class KeyCodec:
         )
 
     def encode_bound(self, key: object) -> bytes:
-        """Return the bytes of a key or of the bound of a key range, of any length.
-
-        Raises
-        ------
-        TypeError, UnicodeEncodeError
-            As `encode`.
-        """
+        """Return the bytes of a key or of the bound of a key range, of any length."""
         if isinstance(key, str):
             return self.from_str(key)
         if isinstance(key, (bytes, bytearray, memoryview)):
@@ -142,14 +115,36 @@ class KeyCodec:
         return list(map(self.name, raws))
 
     def decode(self, raw: bytes) -> str:
-        """Return the text of an encoded key.
-
-        Raises
-        ------
-        ValueError
-            It is no text in that codec.
-        """
+        """Return the text of an encoded key; ValueError if there is none."""
         try:
             return raw.decode(self.encoding or "", self.errors)
         except TypeError as error:  # a handler that only encodes
             raise ValueError(f"Key {describe(raw)} can't be decoded: {error}") from None
+
+
+class KeyRange(NamedTuple):
+    """The keys from `low` on and before `high` (None: to the end), encoded."""
+
+    low: bytes = b""
+    high: bytes | None = None
+
+    def holds(self, key: bytes) -> bool:
+        return self.low <= key and (self.high is None or key < self.high)
+
+    def beyond(self, key: bytes, reverse: bool) -> KeyRange:
+        """Return the rest of this range after (or before) `key`."""
+        if reverse:
+            return KeyRange(self.low, key)
+        return KeyRange(key + b"\0", self.high)  # no key comes between the two
+
+    def starting_with(self, prefix: bytes) -> KeyRange:
+        """Return the part of this range whose keys begin with `prefix`."""
+        low = max(self.low, prefix)
+        head = prefix.rstrip(b"\xff")
+        if not head:
+            return KeyRange(low, self.high)
+        end = head[:-1] + bytes([head[-1] + 1])
+        return KeyRange(low, end if self.high is None else min(end, self.high))
+
+
+ALL = KeyRange()

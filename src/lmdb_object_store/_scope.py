@@ -7,29 +7,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 _T = TypeVar("_T")
 
 
 class Scope(ABC, Generic[_T]):
-    """What a ``with`` statement enters and leaves."""
+    """The beginning and the end of a ``with`` statement."""
 
     @abstractmethod
     def enter(self) -> _T:
-        """Begin, and return what the statement is to yield."""
+        """Begin, and return the object that the statement yields."""
 
     @abstractmethod
     def leave(self, failure: type[BaseException] | None) -> None:
-        """End, or do nothing if that has been done.
+        """End, by an exception of type `failure` perhaps.
 
-        Where only a part of `enter` or of `leave` was done, undo what has begun.
-
-        Parameters
-        ----------
-        failure : type, optional
-            Of the exception that the statement is left with.
+        Complete a part of `enter` or `leave` that an interrupt has left; do nothing
+        after a complete `leave`.
         """
 
 
@@ -51,8 +46,7 @@ class _Exit:
         return end
 
     def __call__(self, one: _Manager[Any], *exc: Any) -> None:
-        # So does contextlib.ExitStack, which looks it up on the class.
-        one.leave(*exc)
+        one.leave(*exc)  # for contextlib.ExitStack, which asks the class
 
 
 class _Manager(Generic[_T]):
@@ -60,12 +54,12 @@ class _Manager(Generic[_T]):
 
     1. A ``with`` statement ends and calls ``__exit__``.
     2. Ctrl-C: CPython looks for signals at the start of each Python function, so
-       the KeyboardInterrupt is raised before the first line of it.
-    3. Nothing has ended, but the statement is over. The traceback refers to the
+       a KeyboardInterrupt is raised before the first line of ``__exit__``.
+    3. The scope has not ended, but the statement is over. The traceback refers to the
        context manager, and interactive Python keeps the last traceback.
 
-    So the statement gets an object that nothing else refers to. When that is gone,
-    or the manager is, and the scope is still entered, it is left.
+    So the statement gets an object that nothing else refers to. When this object or
+    the manager is gone while the scope is still entered, the scope is left.
     """
 
     __exit__ = _Exit()
@@ -87,12 +81,7 @@ class _Manager(Generic[_T]):
             scope.leave(type(error))
             raise
 
-    def leave(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def leave(self, exc_type: type[BaseException] | None, *_: object) -> None:
         self.scope.leave(exc_type)
         _entered.pop(self.scope, None)
         self.end = None

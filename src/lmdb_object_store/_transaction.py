@@ -8,20 +8,20 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import get_ident
+from typing import Any, TypeVar
 
 import lmdb
 
-from ._gate import Gate
-from ._ranges import KeyRange, Scan
-from ._reading import LARGE, Batch
+from ._buffer import ABSENT, Batch, Limits, State, WriteBuffer
+from ._commit import Committer
+from ._environment import Pick
+from ._keys import KeyRange
+from ._reads import Source, is_as_expected, is_stored, last_key, pick_none, pick_views
+from ._scan import Scan
 from ._scope import Scope
-from ._source import ABSENT, Source
+from ._values import LARGE, unpickle
 from .exceptions import BusyError, ClosedError
-
-if TYPE_CHECKING:
-    from ._environment import SharedEnvironment
 
 _R = TypeVar("_R")
 _T = TypeVar("_T")
@@ -31,81 +31,69 @@ _CHUNK_KEYS = 512
 
 def current_task() -> object:
     """Return the asyncio task that this thread is running, if any."""
-    asyncio = sys.modules.get("asyncio")
+    asyncio: Any = sys.modules.get("asyncio")
     # Cheap where no loop runs, unlike current_task. Absent while asyncio is imported.
     running_loop = getattr(asyncio, "_get_running_loop", None)
-    if asyncio is None or running_loop is None or running_loop() is None:
+    if running_loop is None or running_loop() is None:
         return None
     return asyncio.current_task()
 
 
-class _Life(threading.local):
-    """What ends with a thread, in that thread."""
-
-    def __init__(self) -> None:
-        self.token = {0}  # of a type that takes weak references
+_of_thread = threading.local()
 
 
-_life = _Life()
-
-
-class Block(Source):
+class TransactionBlock(Source):
     """The open transaction block of a thread.
 
     LMDB's writer is open from the beginning, which keeps other processes from
     writing, but the changes are only collected, and applied when the block ends:
     so a map that is too full for them can grow, each key is written once, and
-    reads see what the last commit left, with these changes over it.
+    reads see the state of the last commit, with these changes over it.
 
-    Nobody else writes while `SharedEnvironment.block` refers to this one, as if
-    its thread had the write lock; it has not, since a lock would stay locked where
-    another thread throws away the generator, say, that the ``with`` statement is in.
-
-    Parameters
-    ----------
-    env : SharedEnvironment
-        The environment that it is going to be the block of.
-    level : dict
-        What tells its ``with`` statement from those nested in it.
+    No other thread writes while `WriteBuffer.block` is this block: see `Writer`.
+    A `savepoint` stands for a ``with`` statement: the block's own, or a nested one.
     """
 
-    def __init__(self, env: SharedEnvironment, level: Batch) -> None:
-        self.env = env
-        self.buffer_lock = RLock()
-        self.buffer = {}  # the changes
-        self.buffer_bytes = 0
-        self.settled = 0
-        self.closed = False
-        self.open = False  # whether the body runs: neither beginning nor ending
-        self.committing = False
-        self.lost = False  # by another thread, which can't end the transaction
-        self.inherited = False  # from the parent process, by a fork
+    def __init__(self, committer: Committer, savepoint: Batch) -> None:
+        self._committer = committer
+        super().__init__(committer.environment, WriteBuffer())  # for the changes
+        self._writer = committer.writer
+        self.state = State.BEGINNING
         self.thread = get_ident()
         self.task = current_task()
         self.opened = time.monotonic()
-        self.txn: lmdb.Transaction[Any] | None = None  # until it is used
-        self.used: lmdb.Transaction[Any] | None = None  # from then on
-        self.id = 0  # of the transaction
-        # Of each `with` statement: what its keys had been before it changed them.
-        self._levels = [level]
-        self.news: list[tuple[Any, ...]] = []  # to be logged after the end
+        self.txn: lmdb.Transaction[Any] | None = None  # until the commit takes it
+        self.committed: lmdb.Transaction[Any] | None = None  # from then on
+        self.id = 0  # LMDB's number of the transaction
+        # For each `with` statement: the changes under its keys before it wrote them.
+        self.savepoints = [savepoint]
         self._why = ""
         self._process = os.getpid()
-        # So it ends with its thread, if a generator has not ended it.
-        self._thread_end: Any = weakref.ref(_life.token, lambda _: self.finish())
+        # So the block ends with its thread, if a generator has not ended it.
+        token = vars(_of_thread).setdefault("token", {0})  # takes weak references
+        self._thread_end: Any = weakref.ref(token, lambda _: self.finish())
 
     # Its life
 
-    def begin(self) -> bool:
-        """Let the body begin unless something is pending. Call it under the lock."""
-        self.open = not self.env.buffer
-        return self.open
+    def is_here(self) -> bool:
+        return self.thread == get_ident()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be read or written in the block any more."""
+        return self.state in (State.ORPHANED, State.INHERITED, State.CLOSED)
+
+    def closed_error(self) -> ClosedError:
+        return ClosedError(
+            f"A transaction block of {self.environment.path!r} is closed{self._why}: "
+            "iterators and nested blocks that begin in it have to end with it."
+        )
 
     def check(self) -> None:
         """Raise if this is no place for operations of the block."""
         if self.closed:
             raise self.closed_error()
-        if get_ident() != self.thread or current_task() is not self.task:
+        if not self.is_here() or current_task() is not self.task:
             raise BusyError(
                 "A transaction block is open, and this is another asyncio task, or "
                 "another thread, than the one that it belongs to. Don't await inside "
@@ -113,232 +101,225 @@ class Block(Source):
                 "writes wait for the end of the block, and reads don't."
             )
 
-    def nest(self, level: Batch) -> None:
-        """Begin a nested ``with`` statement."""
-        self._levels.append(level)
+    def open(self) -> None:
+        """Begin; flush the pending writes before. `finish` ends a part of this, too."""
+        self._writer.do(self._open)
 
-    def leave(self, level: Batch, failure: type[BaseException] | None) -> None:
+    def _open(self) -> None:
+        committer = self._committer
+        committer.check_open()
+        committer.buffer.begin_block(self)
+        while True:
+            committer.flush()
+            begin = self.environment.begin
+            try:
+                self.txn = begin(None, None, True)  # kept nowhere else: see `locked`
+            except lmdb.Error as error:
+                self.environment.repair_as_writer(error, begin)
+                continue
+            self.id = self.txn.id()
+            if committer.buffer.open_block(self):
+                return
+            self.txn.abort()  # a signal handler has put something
+            self.txn = None
+
+    def leave(self, savepoint: Batch, failure: type[BaseException] | None) -> None:
         """End a ``with`` statement: commit if it is the outermost, or undo."""
         normally = failure is None
-        levels = self._levels
-        if self.inherited:
-            if level is levels[0]:
-                self.env.block_ended(self)
+        if self._is_over(savepoint):
             if normally:
                 raise self.closed_error()
-        elif not any(level is other for other in levels):
-            if normally:
-                raise self.closed_error()
-        elif get_ident() != self.thread:
-            self._lose("another thread has ended its `with` statement, or a nested one")
-            if normally:
-                raise self.closed_error()
-        elif self.lost:
-            self.finish()
-            if normally:
-                raise self.closed_error()
-        elif normally and level is not levels[-1]:
+        elif normally and savepoint is not self.savepoints[-1]:
             self.finish()
             raise BusyError(
                 "A transaction block has ended before one that is nested in it, of a "
                 "suspended generator perhaps. Nothing of both is written."
             )
-        elif normally and len(levels) > 1:
+        elif normally and len(self.savepoints) > 1:
             self._merge()
         elif normally:
             try:
-                self.env.as_writer(self.env.commit_block, self)
+                self._writer.do(self._commit)
             finally:
                 self.finish()
-        elif level is levels[0]:
+        elif savepoint is self.savepoints[0]:
             self.finish()
-        elif failure is GeneratorExit and level:
-            # Nobody can tell what of that the generator has written.
-            self._lose("a generator was given up inside a nested `with` statement")
+        elif failure is GeneratorExit and savepoint:
+            # No thread can tell which changes are the generator's.
+            self._orphan("a generator was given up inside a nested `with` statement")
         else:
-            while any(level is other for other in levels):
+            while self._has(savepoint):
                 self._undo()
 
-    def finish_lost(self) -> None:
-        """End what another thread has lost. For its own thread.
+    def _is_over(self, savepoint: Batch) -> bool:
+        """Return whether the block has ended otherwise; complete that end."""
+        if self.state is State.INHERITED:
+            if savepoint is self.savepoints[0]:
+                self._committer.buffer.end_block(self)
+        elif self._has(savepoint):
+            if not self.is_here():
+                why = "another thread has ended its `with` statement, or a nested one"
+                self._orphan(why)
+            elif self.state is State.ORPHANED:
+                self.finish()
+            else:
+                return False
+        return True
 
-        Raises
-        ------
-        ClosedError
-            A nested statement is still running.
+    def _has(self, savepoint: Batch) -> bool:
+        return any(savepoint is other for other in self.savepoints)
+
+    def _commit(self) -> None:
+        self.state = State.ENDING
+        if self.pending.entries:
+            self._committer.commit(self.pending.entries)
+        elif self.txn is None:  # the environment was reopened
+            self._committer.begin().abort()
+
+    def _undo(self) -> None:
+        """Undo the changes of the innermost statement: again after an interrupt."""
+        savepoint = self.savepoints[-1]
+        changes = self.pending.entries
+        for key in list(savepoint):  # a signal handler's put can add to it
+            if savepoint[key] is ABSENT:
+                changes.pop(key, None)
+            else:
+                changes[key] = savepoint[key]
+        self.pending.removals += 1
+        self.savepoints.pop()
+
+    def _merge(self) -> None:
+        """Make the changes of the innermost statement the next one's."""
+        if len(self.savepoints) > 2:  # the outermost is undone without its savepoint
+            outer, savepoint = self.savepoints[-2:]
+            for key in list(savepoint):
+                outer.setdefault(key, savepoint[key])
+        self.savepoints.pop()
+
+    def finish(self) -> None:
+        """Undo all that is not committed, and let others write. For its own thread.
+
+        A second call does nothing, or the rest that an interrupt has prevented.
         """
-        nested = len(self._levels) > 1
+        if not self.savepoints or os.getpid() != self._process:
+            return  # in a child the parent ends the block
+        self.state = State.CLOSED
+        try:
+            if self.txn is not None:
+                self.gate.read(self.txn.abort)  # a fork must not come in the midst
+        finally:
+            try:
+                self._committer.buffer.end_block(self)
+                self._end()  # after that: it keeps `finish` from being done again
+            finally:
+                pass
+        self._writer.log_lines()
+
+    def finish_orphan(self) -> None:
+        """End a block left in another thread; raise if its outermost statement runs."""
+        nested = len(self.savepoints) > 1
         self.finish()
         if nested:
             raise self.closed_error()
 
-    def _undo(self) -> None:
-        """Undo what the innermost statement has changed."""
-        # Can be done again, if an interrupt comes before the end.
-        level = self._levels[-1]
-        for key in list(level):  # a signal handler's put can add to it
-            if level[key] is ABSENT:
-                self.buffer.pop(key, None)
-            else:
-                self.buffer[key] = level[key]
-        self.settled += 1
-        self._levels.pop()
+    def _end(self) -> None:
+        self.txn = self.committed = self.task = self._thread_end = None
+        self.gate.stop_iterators(self)
+        self.pending.entries = {}
+        self.savepoints = []
 
-    def _merge(self) -> None:
-        """Make what the innermost statement has changed the next one's."""
-        if len(self._levels) > 2:  # the outermost is undone without that
-            level, outer = self._levels[-1], self._levels[-2]
-            for key in list(level):
-                outer.setdefault(key, level[key])
-        self._levels.pop()
-
-    def finish(self) -> None:
-        """Undo what is not committed, and let others write. For its own thread.
-
-        Doing it again does nothing, or what an interrupt has prevented.
-        """
-        if not self._levels or os.getpid() != self._process:
-            return  # a child does `disinherit`
-        self.open = False
-        self.closed = True
-        try:
-            if self.txn is not None:
-                self.env.in_gate(self.txn.abort)  # a fork must not come in the midst
-        finally:
-            try:  # as in Gate
-                self.env.block_ended(self)
-                self.end()  # after that: it keeps `finish` from being done again
-            finally:
-                pass
-        self.env.log_all(self.news)
-
-    def end(self, why: str = "") -> None:
-        """Do what is left to do when this is not the environment's block any more."""
-        self._why = self._why or why
-        self.closed = True
-        self.txn = self.used = self.task = self._thread_end = None
-        self.end_scans()
-        self.buffer = {}
-        self._levels = []
-
-    def disinherit(self) -> None:
-        """Leave it to the parent process, in a child made by fork.
-
-        Where the child itself was in its body, what follows in there raises.
-        """
-        self.inherited = True
-        levels = self._levels
-        self.end(", as it belongs to the parent process, which was forked inside it")
-        self._levels = levels
-
-    def _lose(self, why: str) -> None:
-        """End it for everybody but its thread, which has to end the transaction."""
+    def _orphan(self, why: str) -> None:
+        """End the block for all but its thread, which alone can end the transaction."""
         self._why = f", as {why}. Nothing of it is written"
-        self.lost = self.closed = True
-        self.end_scans()
+        self.state = State.ORPHANED
+        self.gate.stop_iterators(self)
 
-    @property
-    def gate(self) -> Gate:
-        return self.env
-
-    def closed_error(self) -> ClosedError:
-        return ClosedError(
-            f"A transaction block of {self.env.path!r} is closed{self._why}: what "
-            "begins in it has to end with it."
-        )
+    def leave_to_parent(self) -> None:
+        """Leave the block to the parent process: in a child, its operations raise."""
+        why = ", as it belongs to the parent process, which was forked inside it"
+        self._why = self._why or why
+        self.state = State.INHERITED
+        savepoints = self.savepoints
+        self._end()
+        self.savepoints = savepoints
 
     # Reads
 
-    def visit(self, action: Callable[..., _R], *args: Any) -> _R:
+    def view(self, pick: Pick, action: Callable[..., _R], *args: Any) -> _R:
         self.check()
-        return self.env.visit(action, *args)
+        return super().view(pick, action, *args)
 
-    def gives_views(self, values: bool) -> bool:
-        return self.env.gives_views(values)
+    def fetch(self, key: bytes) -> bytes | None:
+        self.check()
+        return super().fetch(key)
 
-    def read(self, key: bytes, default: Any, probe: bool = False) -> Any:
-        """Do what `SharedEnvironment.read` does."""
-        # The block's own transaction shows the same, and need not be begun.
-        env = self.env
-        txn = self.txn
-        if txn is None or env.large_seen:
-            return env.read(key, default, probe)
+    def read(self, key: bytes, default: Any, exists_only: bool = False) -> Any:
+        """Do the same as `Environment.read`."""
+        # The block's own transaction shows the same state, and need not be begun.
+        environment, gate, txn = self.environment, self.gate, self.txn
+        if txn is None or gate.large_seen:
+            return environment.read(key, default, exists_only)
         try:
-            raw: bytes | None = env.in_gate(txn.get, key)
+            raw: bytes | None = gate.read(txn.get, key)
         except lmdb.Error:  # the environment is out of action
-            return env.read(key, default, probe)
+            return environment.read(key, default, exists_only)
         if raw is None:
             return default
         if len(raw) >= LARGE:
-            env.large_seen = True
-        return probe or self.unpickle(key, raw, False)
+            gate.large_seen = True
+        return exists_only or unpickle(gate, key, raw, False)
 
-    def flush_for_read(self) -> None:
-        """Do nothing: a block is written when it ends."""
+    # Writes: those of `SharedStore`, but kept for the end of the block
 
-    # Writes
+    def flush(self) -> None:
+        """Do nothing: the changes are written when the block ends."""
 
-    def check_writable(self) -> None:
-        """Do nothing: that was checked when the block began."""
+    flush_for_read = flush
+    check_open = flush  # the store was open when the block began
 
-    def as_writer(self, action: Callable[..., _R], *args: Any) -> _R:
-        """Call `action`: its thread is the writer."""
-        self.check()
-        return action(*args)
-
-    def write(self, key: bytes, raw: bytes | None, *_: int) -> None:
-        """Do what `SharedEnvironment.write` does."""
-        if len(self._levels) > 1:
+    def write(self, key: bytes, raw: bytes | None, limits: Limits) -> None:
+        if len(self.savepoints) > 1:
             self._note((key,))
-        self.buffer[key] = raw
+        self.pending.entries[key] = raw
 
-    def exchange(
-        self, key: bytes, expected: Any, raw: bytes | None, limits: tuple[int, int]
+    def compare_and_set(
+        self, key: bytes, expected: Any, raw: bytes | None, limits: Limits
     ) -> bool:
-        """Do what `SharedEnvironment.exchange` does."""
+        self.check()
         while True:
-            pending = self.buffer.get(key, ABSENT)
-            if not self._holds(key, pending, expected):
+            pending = self.pending.entries.get(key, ABSENT)
+            if pending is ABSENT:
+                fits = self.view(pick_views, is_stored, key, expected)
+            else:
+                fits = is_as_expected(expected, pending)
+            if not fits:
                 return False
             self._note((key,))
             # Only a signal handler's put can have come between.
-            if self._swap(key, pending, raw, 0):
+            if self.pending.swap(key, pending, raw, 0):
                 return True
 
-    def remove_last(self, key: bytes, expected: bytes, limits: tuple[int, int]) -> bool:
-        """Do what `SharedEnvironment.remove_last` does."""
-        return self.last_key() == key and self.exchange(key, expected, None, limits)
+    def compare_and_delete_last(
+        self, key: bytes, expected: bytes, limits: Limits
+    ) -> bool:
+        is_last = last_key(self) == key
+        return is_last and self.compare_and_set(key, expected, None, limits)
 
     def write_many(self, batch: Batch) -> None:
-        """Note many writes, all of them or none."""
         self._note(batch)
-        self.buffer.update(batch)  # in one step for signal handlers, too
+        self.pending.entries.update(batch)  # in one step for signal handlers, too
 
     def delete_many(self, keys: Collection[bytes]) -> int:
-        """Delete `keys`; return how many existed."""
         wanted = list(keys)
         found: list[bytes] = []
         for start in range(0, len(wanted), _CHUNK_KEYS):
             chunk = wanted[start : start + _CHUNK_KEYS]
-            found += self.visit(self._existing, chunk)
+            found += self.view(pick_none, self._existing, chunk)
         return self._delete(found)
 
-    def _existing(
-        self, begin: Callable[[], lmdb.Transaction[bytes]], keys: list[bytes]
-    ) -> list[bytes]:
-        txn = begin()
-        try:
-            return self._filter(txn.cursor().set_key, keys)
-        finally:
-            try:  # as in Gate
-                txn.abort()
-            finally:
-                pass
-
-    def _filter(
-        self, stored: Callable[[bytes], bool], keys: list[bytes]
-    ) -> list[bytes]:
-        changes = self.buffer
+    def _existing(self, txn: Any, _: None, keys: list[bytes]) -> list[bytes]:
+        changes = self.pending.entries
+        stored = txn.cursor().set_key
         return [
             key
             for key in keys
@@ -346,7 +327,6 @@ class Block(Source):
         ]
 
     def delete_range(self, keys: KeyRange) -> int:
-        """Delete a key range; return how many existed."""
         return self._delete(Scan(self, keys, False, False).keys())
 
     def _delete(self, keys: Iterable[bytes]) -> int:
@@ -355,47 +335,47 @@ class Block(Source):
         return len(deletions)
 
     def _note(self, keys: Iterable[bytes]) -> None:
-        """Keep what has to be restored if the innermost statement fails."""
-        if len(self._levels) > 1:
+        """Note the changes to restore if the innermost statement fails."""
+        if len(self.savepoints) > 1:
             for key in keys:
-                self._levels[-1].setdefault(key, self.buffer.get(key, ABSENT))
-
-    def flush(self) -> None:
-        """Do nothing: a block is written when it ends."""
+                before = self.pending.entries.get(key, ABSENT)
+                self.savepoints[-1].setdefault(key, before)
 
 
 class BlockScope(Scope[_T]):
-    """A transaction block, or one nested in it.
+    """A transaction block, or a ``with`` statement nested in one.
 
     Parameters
     ----------
-    env : SharedEnvironment
+    outer : callable
+        Returns the block that this thread is in, if any.
     begin : callable
-        Returns what the statement yields. Called inside.
+        Returns the object that the statement yields. Called inside the block.
     end : callable, optional
-        Called with that, inside, when the statement ends normally.
+        Called with that object, inside the block, when the statement ends normally.
     """
 
     def __init__(
         self,
-        env: SharedEnvironment,
+        committer: Committer,
+        outer: Callable[[], TransactionBlock | None],
         begin: Callable[[], _T],
         end: Callable[[_T], None] | None = None,
     ) -> None:
-        self._env = env
+        self._committer = committer
+        self._outer = outer
         self._begin = begin
         self._at_end = end
-        self._level: Batch = {}
-        self._block: Block | None = None
+        self._savepoint: Batch = {}
+        self._block: TransactionBlock | None = None
 
     def enter(self) -> _T:
-        source = self._env.current()
-        if isinstance(source, Block):
-            self._block = source
-            source.nest(self._level)
+        self._block = self._outer()
+        if self._block is not None:
+            self._block.savepoints.append(self._savepoint)
         else:
-            self._block = Block(self._env, self._level)
-            self._env.open_block(self._block)
+            self._block = TransactionBlock(self._committer, self._savepoint)
+            self._block.open()
         self._value = self._begin()
         return self._value
 
@@ -408,6 +388,6 @@ class BlockScope(Scope[_T]):
                 block.check()
                 self._at_end(self._value)
             except BaseException as error:
-                block.leave(self._level, type(error))
+                block.leave(self._savepoint, type(error))
                 raise
-        block.leave(self._level, failure)
+        block.leave(self._savepoint, failure)

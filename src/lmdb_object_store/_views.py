@@ -1,49 +1,56 @@
-"""What `keys`, `values` and `items` of a store return."""
+"""The results of `keys`, `values` and `items`: views of a key range."""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, MappingView, ValuesView
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from ._ranges import KeyRange, Scan
-from ._source import ABSENT
+from ._keys import KeyCodec, KeyRange
+from ._reads import Source
+from ._scan import Owner, Scan, count
 
-if TYPE_CHECKING:
-    from ._gate import Gate
-    from ._keys import KeyCodec
-    from ._mapping import StoreMapping
+NOT_GIVEN: Any = object()
+"""In place of an argument, or of a value that is not there."""
 
 _K = TypeVar("_K", covariant=True)
 _V = TypeVar("_V", covariant=True)
 
 
-class _RangeView(MappingView):
-    """A key range of a store, as it is at any time: made once, used often.
+class _Store(Owner, Protocol):
+    """The mapping that a view is of."""
 
-    A loop reads in order, chunk by chunk; see `LmdbObjectStore.items`. The length
-    is a count of the keys (at one moment, and without one where the range is the
-    whole store).
+    _path: str
+    _codec: KeyCodec
+
+    @property
+    def get(self) -> Any: ...
+    def _reading(self) -> Source: ...
+    def __contains__(self, key: object) -> bool: ...
+    def __len__(self) -> int: ...
+
+
+class _RangeView(MappingView):
+    """A key range of a store, as it is at any time. See `LmdbObjectStore.items`.
+
+    The length is a count of the keys, at one moment; the whole store needs none.
     """
 
-    __slots__ = ("_bounds", "_store", "range")
-
-    def __init__(self, store: StoreMapping[Any, Any], **bounds: Any) -> None:
+    def __init__(self, store: _Store, **bounds: Any) -> None:
         super().__init__(store)
         source = store._source()
         if source.closed:
             raise source.closed_error()
         self._store = store
-        encode = store._codec.encode_bound
-        self._bounds = {
-            name: bound for name, bound in bounds.items() if bound is not None
-        }
-        encoded = {name: encode(bound) for name, bound in self._bounds.items()}
+        codec = store._codec
+        self._names = codec if codec.encoding is not None else None
+        self._bounds = {name: key for name, key in bounds.items() if key is not None}
+        encoded = {name: codec.encode_bound(key) for name, key in self._bounds.items()}
         keys = KeyRange(encoded.get("start", b""), encoded.get("stop"))
         self.range = keys.starting_with(encoded.get("prefix", b""))
 
     def __len__(self) -> int:
-        return self._store._source().count(self.range)
+        return count(self._store._source(), self.range)
 
     def __repr__(self) -> str:
         bounds = "".join(f", {name}={key!r}" for name, key in self._bounds.items())
@@ -63,18 +70,12 @@ class _RangeView(MappingView):
             raise source.closed_error()
         return Scan(source, self.range, reverse, values, self._store)
 
-    def _names(self) -> KeyCodec | None:
-        codec = self._store._codec
-        return codec if codec.encoding is not None else None
-
 
 class StoreKeysView(_RangeView, KeysView[_K]):
     """The keys of a range, with the set operations of ``dict.keys()``."""
 
-    __slots__ = ()
-
-    def is_of(self, gate: Gate) -> bool:
-        """Whether these are keys of that environment as it is."""
+    def is_of(self, gate: object) -> bool:
+        """Return whether these are keys of an environment as it is now."""
         source = self._store._source()
         return source.gate is gate and not source.lasting
 
@@ -84,16 +85,14 @@ class StoreKeysView(_RangeView, KeysView[_K]):
         return raw is not None and raw in self._store
 
     def __iter__(self) -> Iterator[_K]:
-        return self._scan(False, False).keys(self._names())
+        return self._scan(False, False).keys(self._names)
 
     def __reversed__(self) -> Iterator[_K]:
-        return self._scan(True, False).keys(self._names())
+        return self._scan(True, False).keys(self._names)
 
 
 class StoreItemsView(_RangeView, ItemsView[_K, _V]):
     """The pairs of key and value of a range."""
-
-    __slots__ = ()
 
     def __contains__(self, item: object) -> bool:
         """Return whether the key is in the range and has that value."""
@@ -102,20 +101,18 @@ class StoreItemsView(_RangeView, ItemsView[_K, _V]):
         key, value = item
         if (raw := self._encode(key)) is None:
             return False
-        stored = self._store.get(raw, ABSENT)
-        return stored is value or (stored is not ABSENT and bool(stored == value))
+        stored = self._store.get(raw, NOT_GIVEN)
+        return stored is value or (stored is not NOT_GIVEN and bool(stored == value))
 
     def __iter__(self) -> Iterator[tuple[_K, _V]]:
-        return self._scan(False).items(self._names())
+        return self._scan(False).items(self._names)
 
     def __reversed__(self) -> Iterator[tuple[_K, _V]]:
-        return self._scan(True).items(self._names())
+        return self._scan(True).items(self._names)
 
 
 class StoreValuesView(_RangeView, ValuesView[_V]):
     """The values of a range."""
-
-    __slots__ = ()
 
     def __contains__(self, value: object) -> bool:
         """Return whether the range has that value; reads up to where it is."""

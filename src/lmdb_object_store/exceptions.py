@@ -1,7 +1,7 @@
-"""What the store raises beside `TypeError`, `ValueError` and `KeyError`.
+"""The exceptions of the store, beside `TypeError`, `ValueError` and `KeyError`.
 
-Each class is a subclass of what py-lmdb or Python would raise for the same
-thing, so that ``except lmdb.MapFullError`` and ``except GrowthError`` both work.
+Each subclasses the exception that py-lmdb or Python would raise in its place, so that
+``except lmdb.MapFullError`` and ``except GrowthError`` both work.
 """
 
 import lmdb
@@ -20,35 +20,35 @@ class SizeError(lmdb.BadValsizeError, ValueError):
 
 
 class GrowthError(lmdb.MapFullError):
-    """The map is full and can't grow; whatever was pending is still pending."""
+    """The map is full and can't grow; pending writes are kept."""
 
 
 class SnapshotOpenError(GrowthError):
-    """The map is full and can't grow, since that would end open snapshots.
+    """The map has to move, which would end open snapshots.
 
-    Raised at once to a thread that has opened one of them itself, else after
-    `LmdbObjectStore.timeout` seconds. Close snapshots sooner, or give the
-    store a larger ``map_size``, so that it need not grow.
+    Raised at once in a thread that has opened one of them, else after
+    `LmdbObjectStore.timeout` seconds. Close snapshots sooner, or give the store a
+    larger ``map_size``, so that the map need not grow.
     """
 
 
 class ConflictError(lmdb.Error):
-    """Another process has written while a transaction block had to let it.
+    """Another process has written during a transaction block.
 
-    That can be so only where room had to be made in the map for the block, or after
-    an I/O error. Nothing of the block is written: run it again.
+    LMDB lets other processes write only where the map has to grow for the block, or
+    after an I/O error. Nothing of the block is written: run the block again.
     """
 
 
 class DiskError(lmdb.DiskError):
-    """The disk is full or failing; whatever was pending is still pending."""
+    """The disk is full or failing; pending writes are kept."""
 
 
 class ReadersFullError(lmdb.ReadersFullError):
     """All reader slots of the file are taken, by living readers.
 
-    Raised after `LmdbObjectStore.timeout` seconds, or at once where this thread
-    has them all itself. Close snapshots sooner, or open the file with a larger
+    Raised after `LmdbObjectStore.timeout` seconds, or at once where this thread has
+    taken all of them. Close snapshots sooner, or open the file with a larger
     ``max_readers`` in all processes.
     """
 
@@ -56,13 +56,14 @@ class ReadersFullError(lmdb.ReadersFullError):
 class BusyError(lmdb.Error):
     """The call can't be served at this moment without a deadlock.
 
-    Raised to code that runs *inside* an operation of the same store on the same
-    thread (a signal handler, a finalizer, an unpickling), after
-    `LmdbObjectStore.timeout` seconds to a call that waits for reads that
-    don't end, and for what can't be done inside a transaction block: by another
-    asyncio task of its thread, or to close the store or take a snapshot. Also, to
-    open a file that is just being closed, or that this process can't open since it was
-    forked at a bad moment.
+    - *Inside* an operation of the same store on the same thread: a signal handler, a
+      finalizer, an unpickling.
+    - After `LmdbObjectStore.timeout` seconds: a wait for a read that does not end, or
+      for another thread's transaction block.
+    - Inside a transaction block: another asyncio task of its thread, or a call that
+      closes the store or takes a snapshot.
+    - Opening a file that this process is just closing, or can't open since it was
+      forked at a bad moment.
     """
 
 
@@ -71,4 +72,4 @@ class UnpickleError(RuntimeError):
 
 
 class LostWritesError(RuntimeError):
-    """The final flush failed; `LmdbObjectStore.write_buffer` holds what was lost."""
+    """The final flush failed; `LmdbObjectStore.write_buffer` holds the lost writes."""

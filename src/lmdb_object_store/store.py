@@ -1,4 +1,4 @@
-"""`LmdbObjectStore`: what users meet. Keys, options and pickling; no locks."""
+"""`LmdbObjectStore`: options, keys, values, and the interface."""
 
 from __future__ import annotations
 
@@ -6,103 +6,76 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
-from enum import Enum
 from functools import partial
-from itertools import chain
 from pickle import HIGHEST_PROTOCOL, dumps
-from types import (
-    BuiltinFunctionType,
-    FunctionType,
-    MappingProxyType,
-    TracebackType,
-)
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import lmdb
 
-from ._environment import MAX_VALUE, SharedEnvironment
-from ._keys import KeyCodec, describe
-from ._mapping import _K, _T, _V, StoreMapping, refuse_single
-from ._opening import data_path, identity_of
-from ._process import Handle, share
-from ._ranges import ALL
+from ._buffer import ABSENT
+from ._environment import StandIn
+from ._files import data_path, identity_of
+from ._keys import ALL, KeyCodec, describe
+from ._mapping import _K, _T, _V, Snapshot, StoreMapping, refuse_single
+from ._reads import ANYTHING, last_key, look_up
+from ._registry import Handle, Opening, registry
 from ._scope import manager
-from ._snapshot import Snapshot, SnapshotScope
-from ._source import ABSENT
-from ._transaction import Block, BlockScope
-from ._views import StoreKeysView
-from ._writers import log
-from .exceptions import (
-    BusyError,
-    ClosedError,
-    GrowthError,
-    LostWritesError,
-    ReadOnlyError,
-    SizeError,
-)
+from ._shared import SharedStore
+from ._snapshot import SnapshotScope, SnapshotSource
+from ._transaction import BlockScope, TransactionBlock
+from ._values import is_immutable, note_key, pickled, unpickle, value_error
+from ._views import NOT_GIVEN, StoreKeysView
+from ._writer import log
+from .exceptions import BusyError, ClosedError, LostWritesError, ReadOnlyError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsItems, SupportsKeysAndGetItem
     from typing_extensions import Self
 
+    _Pairs = SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]
+
 _State = tuple[dict[str, Any], "int | None", float]
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
 _TIMEOUT = 60.0
-_CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
-_CONSTANTS += (type, FunctionType, BuiltinFunctionType)
 _ATTEMPTS = 100  # of popitem at an entry that is the last one all the time
 
 
-class _ClosedStore:
-    """What a closed store has in place of the environment, which others may use.
+class _Closed(StandIn):
+    """In place of the shared store, and of its pending writes, once it is closed."""
 
-    Whatever is called raises `ClosedError`, but for what has no need of the file.
-    """
-
-    closed = True
+    accepts = False
     block = None
-    buffer: Mapping[bytes, bytes | None] = MappingProxyType({})
-    may_buffer = False
+    closed = True
+    entries: Mapping[bytes, bytes | None] = MappingProxyType({})
+    current_block = staticmethod(bool)
 
-    def __init__(self, env: SharedEnvironment, path: str, failed: bool) -> None:
-        self._path = path
-        self.lost = env.lost or (dict(env.buffer) if failed else {})
-        self.max_map_size = env.max_map_size
-        self.max_value = env.max_value
-        self.timeout = env.timeout
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.closed_error()
-
-    def set_cap(self, max_map_size: int | None) -> None:
-        self.max_map_size = max_map_size
-
-    def closed_error(self) -> ClosedError:
-        return ClosedError(f"The store at {self._path!r} is closed.")
+    @property
+    def pending(self) -> _Closed:
+        return self
 
 
 class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     """A thread-safe, dict-like store of Python objects in one LMDB file.
 
-    Values are pickled, so never open a file from somebody you don't trust:
-    unpickling can run any code.
+    Values are pickled: never open a file from somebody you don't trust, as unpickling
+    can run any code.
 
-    Writes are collected in a buffer and reach the disk in one transaction when
-    `batch_size` or `batch_bytes` is reached, at `flush`, at `close`, and before
-    reads that have to go to the database (`autoflush_on_read`). Reads always see
-    what this process wrote. The map grows by itself.
+    Writes are buffered and reach the disk in one transaction when `batch_size` or
+    `batch_bytes` is reached, at `flush`, at `close`, and before reads that have to go
+    to the database (`autoflush_on_read`). Reads always see the writes of this process.
+    The map grows by itself.
 
     Any number of threads may use one store, and so may code that runs inside its
-    own operations: pickling hooks, finalizers, signal handlers. All stores that a
-    process opens on one file share one environment and what is pending. Other
-    processes may open the file, too; a child made by fork may use the store that it
-    inherits, without what is pending in the parent; and a store can be pickled.
+    operations: pickling hooks, finalizers, signal handlers. All stores that a process
+    opens on one file share one environment and the pending writes. Other processes may
+    open the file, too. A child made by fork may use an inherited store, without the
+    parent's pending writes. A store can be pickled.
 
     Parameters
     ----------
     db_path : str or os.PathLike
-        Where the environment lives, as for `lmdb.open`: a directory, or a file
-        with ``subdir=False``.
+        As for `lmdb.open`: a directory, or a file with ``subdir=False``.
     batch_size : int
         Buffered operations (puts and deletions) that trigger a flush, >= 1.
     autoflush_on_read : bool
@@ -121,9 +94,11 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         Bytes up to which the map may grow by itself; None sets no limit, or leaves
         that of the stores that have the file open.
     timeout : float
-        Seconds for which growth waits for open snapshots, growth and close for reads
-        that don't end, reads and opening for a free reader slot, and opening for a
-        store of the same file that this process is just closing.
+        Seconds until a call that waits raises: growth for open snapshots; growth and
+        close for reads that don't end; reads and opening for a free reader slot;
+        opening for the end of a close in this process; writes for another thread's
+        transaction block. A wait of more than a second is logged. LMDB's own lock,
+        which a writer in another process holds, is waited for without a limit.
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
@@ -134,13 +109,13 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     Raises
     ------
     TypeError, ValueError
-        An option that is not one of the above, or out of its range, or not what
-        another store has opened the file with in this process.
+        An option that is unknown, out of its range, or not the one that another
+        store of this process has opened the file with.
     ReadersFullError
         No reader slot became free within `timeout` seconds.
     BusyError
-        This process is just closing a store of the same file, and that does not end;
-        or it was forked in the middle of an operation that did not end.
+        A close of the same file in this process does not end, or this process was
+        forked in the middle of an operation that did not end.
     lmdb.Error
         The environment can't be opened.
     """
@@ -162,6 +137,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         **lmdb_kwargs: Any,
     ) -> None:
         self._readonly = bool(lmdb_kwargs.get("readonly"))
+        self._batch_size = self._batch_bytes = 1
         self.batch_size = batch_size
         self.batch_bytes = batch_bytes
         self.autoflush_on_read = bool(autoflush_on_read)
@@ -187,56 +163,37 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self._open(max_map_size, timeout, True)
 
     def _open(self, cap: int | None, timeout: float, explicit: bool) -> None:
-        """Use the environment of the file, and open it if nobody does yet.
+        """Use the file's environment, and open it if no store of this process has.
 
-        Where that is `explicit`, the store should be closed, and has a say in what the
-        environment has as a whole.
+        An `explicit` opening has to be closed, and sets options of the environment.
         """
         path, options = self._path, self._options
         self._handle = Handle()
-        env = share(
-            data_path(path, options),
-            partial(SharedEnvironment, path, options, cap, timeout),
-            self._handle,
-            explicit,
-            options,
-            timeout,
-        )
-        self._env = env
-        self._codec.max_size = self._max_key = env.max_key
-        env.raise_floor(options.get("map_size", 0))
+        make = partial(SharedStore, path, options, cap, timeout)
+        file = data_path(path, options)
+        opening = Opening(file, make, self._handle, explicit, options, timeout)
+        self._shared: SharedStore = registry.share(opening)
+        shared = self._shared
+        self._pending = shared.pending
+        self._codec.max_size = self._max_key = shared.environment.max_key
+        shared.raise_floor(options.get("map_size", 0))
         # A default asks for nothing.
         if explicit and cap is not None:
-            env.set_cap(cap)
+            shared.max_map_size = cap
         if explicit and timeout != _TIMEOUT:
-            env.timeout = timeout
+            shared.timeout = timeout
 
     def __getstate__(self) -> _State:
-        """Return what `__setstate__` needs: path and options, after a flush.
-
-        Raises
-        ------
-        ClosedError
-            The store is closed.
-        GrowthError, DiskError, lmdb.Error
-            The flush failed.
-        """
-        if not self._env.shared.readonly:
+        """Flush, and return the path and the options. Raises as `flush` does."""
+        self._check_open()
+        if not self._shared.readonly:
             self._source().flush()
         state = {**vars(self), "_options": {**self._options, "create": False}}
-        del state["_env"], state["_handle"]
+        del state["_shared"], state["_pending"], state["_handle"]
         return state, self.max_map_size, self.timeout
 
     def __setstate__(self, state: _State) -> None:
-        """Open the same file here, or share it if this process has it open.
-
-        Raises
-        ------
-        ClosedError
-            There is no such file.
-        lmdb.Error
-            It can't be opened.
-        """
+        """Open or share the same file; ClosedError if there is none."""
         attributes, max_map_size, timeout = state
         vars(self).update(attributes)
         file = data_path(self._path, self._options)
@@ -266,64 +223,62 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
             key = self._codec.encode(key)
-        env: Any = self._env
-        if env.block is not None:
-            env = env.current()
-        buffer = env.buffer
-        if buffer:
-            raw = buffer.get(key, ABSENT)
+        source: Any = self._shared
+        pending = self._pending
+        if pending.block is not None:
+            source = source.current()
+            pending = source.pending
+        entries = pending.entries
+        if entries:
+            raw = entries.get(key, ABSENT)
             if raw is None:
                 return default
             if raw is not ABSENT:
-                return env.unpickle(key, raw)
+                return unpickle(source.gate, key, raw)
             if self.autoflush_on_read:
-                env.flush_for_read()
-        return env.read(key, default)
+                source.flush_for_read()
+        return source.read(key, default)
 
     def exists(self, key: _K, *, flush: bool | None = None) -> bool:
         """Return whether there is a value under `key`; nothing is unpickled.
 
-        Parameters
-        ----------
-        key
-            As for `get`.
-        flush : bool, optional
-            True flushes first, and raises if that fails; False never flushes;
-            None follows `autoflush_on_read`.
+        ``flush=True`` flushes first, and raises if the flush fails; False never
+        flushes; None follows `autoflush_on_read`.
         """
         encoded = self._codec.encode(key)
-        env = self._source()
+        source = self._source()
         if flush and not self._readonly:
-            env.flush()
-        pending = env.buffer.get(encoded, ABSENT)
+            source.flush()
+        pending = source.pending.entries.get(encoded, ABSENT)
         if pending is not ABSENT:
             return pending is not None
-        if flush is None and env.buffer and self.autoflush_on_read:
-            env.flush_for_read()
-        return env.read(encoded, False, True) is True
+        if flush is None and source.pending.entries and self.autoflush_on_read:
+            source.flush_for_read()
+        return source.read(encoded, False, True) is True
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: Any) -> bool:
         """Return whether there is a value under `key`. Never flushes."""
-        encoded: Any = key
-        if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
-            encoded = self._codec.encode(encoded)
-        env: Any = self._env
-        if env.block is not None:
-            env = env.current()
-        buffer = env.buffer
-        if buffer:
-            pending = buffer.get(encoded, ABSENT)
-            if pending is not ABSENT:
-                return pending is not None
-        return env.read(encoded, False, True) is True
+        if type(key) is not bytes or not 0 < len(key) <= self._max_key:
+            key = self._codec.encode(key)
+        source: Any = self._shared
+        pending = self._pending
+        if pending.block is not None:
+            source = source.current()
+            pending = source.pending
+        entries = pending.entries
+        if entries:
+            raw = entries.get(key, ABSENT)
+            if raw is not ABSENT:
+                return raw is not None
+        return source.read(key, False, True) is True
 
     def __bool__(self) -> bool:
         """Return whether there is any entry. Never flushes."""
-        return self._source().last_key() is not None
+        return last_key(self._source()) is not None
 
     def __repr__(self) -> str:
         try:
-            state = f"{len(self)} entries, {len(self._env.buffer)} pending writes"
+            state = f"{len(self)} entries, {len(self._pending.entries)} pending writes"
         except ClosedError:
             state = "closed"
         except BusyError:
@@ -333,68 +288,70 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     # Writes
 
     def put(self, key: _K, obj: _V) -> None:
-        """Store `obj` under `key`.
+        """Store `obj` under `key`: pickle it at once, write it with the next flush.
 
-        It is pickled at once, so later changes of `obj` are not stored, and
-        written with the next flush. If this put makes a batch full and the flush
-        fails, the put is refused: it raises and changes nothing.
+        Later changes of `obj` are not stored. If this put makes a batch full and the
+        flush fails, the put is refused: it raises and changes nothing.
 
         Raises
         ------
         TypeError, SizeError
             A bad key, or a value of 4 GiB or more.
         GrowthError
-            The map is at `max_map_size` or can't grow, or the value alone can
-            never fit below `max_map_size`.
-        DiskError, lmdb.Error
-            The flush failed.
-        ReadOnlyError, ClosedError
-            The store can't be written to.
+            The map is at `max_map_size` or can't grow, or can never hold the value.
+        DiskError, ReadOnlyError, ClosedError, lmdb.Error
+            The flush failed, or the store can't be written to.
+        BusyError
+            Another thread's transaction block has not ended for `timeout` seconds.
         Exception
-            Whatever pickling `obj` raises.
+            The error of pickling `obj`.
         """
         encoded: Any = key
         if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
             encoded = self._codec.encode(encoded)
-        env: Any = self._env
+        pending = self._pending
         try:
             raw = dumps(obj, HIGHEST_PROTOCOL)
         except Exception as error:
-            _note_key(error, encoded)
+            note_key(error, encoded)
             raise
         size = len(raw)
-        if size > env.max_value:
-            self._refuse_value(encoded, size)
+        if size > pending.max_value:
+            raise value_error(encoded, size, self.max_map_size)
         size += len(encoded)
-        if env.may_buffer:
-            count = len(env.buffer)
-            with env.buffer_lock:
-                # No call in here: a signal handler that comes now could flush, and
-                # wait for a thread that waits for this lock; or close the store.
-                total = env.buffer_bytes + size
-                if count < self._room and total < self._batch_bytes and env.may_buffer:
-                    env.buffer[encoded] = raw
-                    env.buffer_bytes = total
+        if pending.accepts:
+            count = len(pending.entries)
+            lock = pending.lock
+            try:  # as in `locked`
+                lock.acquire()
+                # From here to the return there is no call: a signal handler that comes
+                # now could flush, and wait for a thread that waits for this lock.
+                total = pending.size + size
+                if count < self._room and total < self._batch_bytes and pending.accepts:
+                    pending.entries[encoded] = raw
+                    pending.size = total
                     return
-        self._target().write(encoded, raw, self._batch_size, self._batch_bytes)
+            finally:
+                try:
+                    lock.release()
+                except RuntimeError:
+                    pass
+        self._target().write(encoded, raw, self._limits)
 
     __setitem__ = put
 
-    def put_many(self, items: SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]) -> None:
+    def put_many(self, items: _Pairs[_K, _V]) -> None:
         """Store many values in one transaction: all of them, or none.
 
         Pending writes are flushed first. `items` is run and pickled before any
         lock is taken; the pickled values are all in memory then. (`update` needs
         little memory, but is not atomic.) The last one of a duplicate key wins.
-
-        Raises
-        ------
-        See `put`. Nothing of `items` has been written then.
+        Raises as `put` does; nothing of `items` has been written then.
         """
         batch: dict[bytes, bytes | None] = {}
         encode = self._codec.encode
         longest = self._max_key
-        most = self._env.max_value
+        most = self._pending.max_value
         pairs = items.items() if hasattr(items, "items") else items
         for item in pairs:
             try:
@@ -409,109 +366,90 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             try:
                 batch[key] = raw = dumps(obj, HIGHEST_PROTOCOL)
             except Exception as error:
-                _note_key(error, key)
+                note_key(error, key)
                 raise
             if len(raw) > most:
-                self._refuse_value(key, len(raw))
+                raise value_error(key, len(raw), self.max_map_size)
         self._target().write_many(batch)
 
     def delete(self, key: _K) -> None:
-        """Delete what is stored under `key`, if anything. Buffered, like `put`."""
+        """Delete the value of `key`, if there is one. Buffered, like `put`."""
         encoded = self._codec.encode(key)
-        self._target().write(encoded, None, self._batch_size, self._batch_bytes)
+        self._target().write(encoded, None, self._limits)
 
     def __delitem__(self, key: _K) -> None:
-        """Delete what is stored under `key`; KeyError if there is nothing.
-
-        Looking and deleting are one step for all threads of this process.
-        """
-        if not self._exchange(self._codec.encode(key), ABSENT, None):
+        """Delete the value of `key`; KeyError if there is none. One step, as `pop`."""
+        if not self._compare_and_set(self._codec.encode(key), ANYTHING, None):
             raise self._key_error(key)
 
     def delete_many(self, keys: Iterable[_K]) -> int:
         """Delete many keys in one transaction; return how many existed.
 
-        Pending writes are flushed first; what other threads put meanwhile stays.
-        `keys` is run before any lock is taken. A range of this store, as in
-        ``delete_many(store.keys(prefix="tmp:"))``, is deleted as it is at that
-        moment, without collecting its keys.
+        Pending writes are flushed first; puts of other threads meanwhile stay. `keys`
+        may be any iterable; it is run before any lock is taken. Missing keys are fine.
+        A range of this store, as in ``delete_many(store.keys(prefix="tmp:"))``, is
+        deleted as it is at that moment, without collecting its keys.
 
-        Parameters
-        ----------
-        keys : iterable
-            Any iterable of keys; missing ones are fine.
-
-        Raises
-        ------
-        TypeError, SizeError
-            `keys` is a single str or bytes, or holds something that is no key.
-        GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
-            As for `put`. Nothing has been deleted then.
+        If it raises, as `put` does or as `keys` is a single key, nothing has been
+        deleted.
         """
-        env = self._target()
-        if isinstance(keys, StoreKeysView) and keys.is_of(self._env):
-            return env.delete_range(keys.range)
+        target = self._target()
+        if isinstance(keys, StoreKeysView) and keys.is_of(self._shared.gate):
+            return target.delete_range(keys.range)
         refuse_single("delete_many", keys)
-        return env.delete_many(set(map(self._codec.encode, keys)))
+        return target.delete_many(set(map(self._codec.encode, keys)))
 
     def clear(self) -> None:
         """Delete everything, in one transaction, as `delete_many` does."""
         self._target().delete_range(ALL)
 
     # Reading and writing as one step for all threads of this process. A value is
-    # unpickled without any lock; if somebody else changes it meanwhile, that is
-    # done again. One that can't be unpickled stays.
+    # unpickled without any lock, and again if another thread changes it meanwhile. A
+    # value that can't be unpickled stays.
 
     @overload
     def pop(self, key: _K) -> _V: ...
     @overload
     def pop(self, key: _K, default: _V | _T) -> _V | _T: ...
-    def pop(self, key: Any, default: Any = ABSENT) -> Any:
+    def pop(self, key: Any, default: Any = NOT_GIVEN) -> Any:
         """Delete `key` and return its value, or `default`; else KeyError.
 
-        One step for all threads of this process.
-
-        Raises
-        ------
-        See `get` and `put`. Nothing has been deleted then.
+        One step for all threads of this process. If it raises, as `get` or `put`
+        does, nothing has been deleted.
         """
         encoded = self._codec.encode(key)
-        env = self._target()
-        env.check_writable()
+        target = self._target()
+        target.check_open()
         while True:
-            raw, buffered = env.look_up(encoded)
+            raw, buffered = look_up(target, encoded)
             if raw is None:
-                if default is ABSENT:
+                if default is NOT_GIVEN:
                     raise self._key_error(key)
                 return default
-            value = env.unpickle(encoded, raw, buffered)
-            if env.as_writer(env.exchange, encoded, raw, None, self._limits()):
+            value = unpickle(target.gate, encoded, raw, buffered)
+            if target.compare_and_set(encoded, raw, None, self._limits):
                 return value
 
     def popitem(self) -> tuple[_K, _V]:
         """Delete the last entry and return its key and value, or raise KeyError.
 
-        One step for all threads of this process. (Where others put later keys all
-        the time, the entry may have been the last one a moment ago.)
-
-        Raises
-        ------
-        See `get` and `put`. Nothing has been deleted then.
+        One step, as `pop`. (Where others put later keys all the time, the entry may
+        have been the last one a moment ago.)
         """
-        env = self._target()
-        env.check_writable()
+        target = self._target()
+        target.check_open()
         attempts = 0
-        while (key := env.last_key()) is not None:
+        while (key := last_key(target)) is not None:
             attempts += 1
-            raw, buffered = env.look_up(key)
+            raw, buffered = look_up(target, key)
             if raw is None:
                 continue  # another thread was faster
-            value = env.unpickle(key, raw, buffered)
-            if (
-                env.as_writer(env.remove_last, key, raw, self._limits())
-                if attempts < _ATTEMPTS
-                else self._exchange(key, raw, None)
-            ):
+            value = unpickle(target.gate, key, raw, buffered)
+            if attempts < _ATTEMPTS:
+                deleted = target.compare_and_delete_last(key, raw, self._limits)
+            else:
+                deleted = self._compare_and_set(key, raw, None)
+            if deleted:
                 name: Any = self._codec.name(key)
                 return name, value
         raise KeyError("popitem(): the store is empty")
@@ -523,53 +461,36 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     @overload
     def setdefault(self, key: _K, default: _V) -> _V: ...
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """Return the value of `key`; where there is none, store `default` first.
+        """Return the value of `key`; where there is none, store and return `default`.
 
-        One step for all threads of this process. What is returned then is
-        `default` itself, whose later changes are not stored.
-
-        Raises
-        ------
-        See `get` and `put`.
+        One step, as `pop`. Later changes of `default` are not stored.
         """
         encoded = self._codec.encode(key)
-        env = self._target()
-        env.check_writable()
+        target = self._target()
+        target.check_open()
         new = None
         while True:
-            raw, buffered = env.look_up(encoded)
+            raw, buffered = look_up(target, encoded)
             if raw is not None:
-                return env.unpickle(encoded, raw, buffered)
+                return unpickle(target.gate, encoded, raw, buffered)
             new = new or self._pickled(encoded, default)
-            if self._exchange(encoded, None, new):
+            if self._compare_and_set(encoded, None, new):
                 return default
 
     def update(
-        self,
-        other: SupportsItems[_K, _V]
-        | SupportsKeysAndGetItem[_K, _V]
-        | Iterable[tuple[_K, _V]] = (),
-        /,
-        **more: _V,
+        self, other: _Pairs[_K, _V] | SupportsKeysAndGetItem[_K, _V] = (), /, **more: _V
     ) -> None:
-        """Store what a mapping, or pairs, and keyword arguments hold.
+        """Store the values of a mapping, or of pairs, and of keyword arguments.
 
         One `put` after the other: through the buffer, with bounded memory, and not
-        atomic. `put_many` is.
-
-        Raises
-        ------
-        See `put`. What came before has been stored then.
+        atomic. If it raises, the values before have been stored.
         """
         for key in more:
             self._codec.encode(key)
-        pairs: Any = other
-        if isinstance(other, StoreMapping):
-            pairs = other.items()  # in one pass
+        pairs: Any = other.items() if isinstance(other, StoreMapping) else other
         super().update(pairs, **more)
 
-    def __ior__(self, other: SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]) -> Self:
-        """Do `update`."""
+    def __ior__(self, other: _Pairs[_K, _V]) -> Self:
         self.update(other)
         return self
 
@@ -578,50 +499,46 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     def transaction(self) -> AbstractContextManager[Self, None]:
         """Return a context manager: all of its block is done, or nothing.
 
-        It yields the store. Whatever the block reads and writes through the store
-        belongs to one LMDB transaction: nobody else writes meanwhile, in no thread
-        and no process, and nobody sees anything of the block before its end. Leaving
-        it normally commits everything, durably; an exception undoes everything and
-        goes on. What is pending before is flushed first and stays.
+        It yields the store. All reads and writes of the block through the store belong
+        to one LMDB transaction: no other thread or process writes meanwhile, and none
+        sees a change before the end. Leaving the block normally commits all changes,
+        durably; an exception undoes them and goes on. Writes pending before are
+        flushed first and stay.
 
-        The block belongs to its thread, where it begins, runs and ends, and to its
-        asyncio task. Other threads read the state before, and wait if they write.
-        Blocks nest: an inner one joins the outer, and an exception that the outer
-        one catches undoes the inner only. Iterators that begin inside end with the
-        block.
+        A block begins, runs and ends in one thread and one asyncio task. Other threads
+        read the state before, and wait if they write. Blocks nest: an inner one joins
+        the outer, and an exception that the outer block catches undoes the inner only.
+        Iterators that begin inside end with the block.
 
-        The changes are held in memory until the end. If the map is too full for
-        them it grows then, for which LMDB has to let other processes write.
+        The changes are held in memory until the end. If the map is too full for them,
+        the map grows then, for which LMDB has to let other processes write.
 
         Raises
         ------
         GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
-            At the beginning, as for `flush`; at the end, as for `put`. Nothing of
-            the block is written then.
+            At the beginning and at the end, as for `flush`. Nothing of the block is
+            written if its end raises.
         ConflictError
-            At the end: another process has written while the map had to grow.
-            Nothing of the block is written; run it again.
+            At the end: another process has written while the map had to grow. Run the
+            block again.
         BusyError
             Called inside another operation, or by another task of the thread. At the
-            end: a block nested in it, of a suspended generator, has not ended.
+            end: a nested block, of a suspended generator, has not ended.
         ClosedError
             Inside and at the end: the block has been ended from elsewhere, as by
-            another thread that closes the generator which it is in.
+            another thread that closes the generator around it.
         """
-        self._target()
-        return manager(BlockScope(self._env.shared, lambda: self))
+        return self._block(lambda: self)
 
     @overload
     def edit(self, key: _K) -> AbstractContextManager[_V, None]: ...
     @overload
     def edit(self, key: _K, default: _V) -> AbstractContextManager[_V, None]: ...
-    def edit(
-        self, key: Any, default: Any = ABSENT
-    ) -> AbstractContextManager[Any, None]:
+    def edit(self, key: Any, default: Any = NOT_GIVEN) -> Any:
         """Return a context manager: change a stored object in place.
 
-        It yields the value of `key`, or a copy of `default`, and stores what has
-        become of it when the block ends normally. The block is a `transaction`.
+        It yields the value of `key`, or a copy of `default`, and stores the object when
+        the block ends normally. The block is a `transaction`.
 
         Raises
         ------
@@ -631,21 +548,21 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             The value is of a type that can't be changed in place: a number, a str,
             a tuple, None, a frozen dataclass.
         Exception
-            What `get`, `put` and `transaction` raise. Nothing has changed then.
+            As for `get`, `put` and `transaction`. Nothing has changed then.
         """
         encoded: Any = self._codec.encode(key)
         self._target()
-        new = None if default is ABSENT else self._pickled(encoded, default)
+        new = None if default is NOT_GIVEN else self._pickled(encoded, default)
 
         def begin() -> Any:
             source = self._source()
-            raw, buffered = source.look_up(encoded)
+            raw, buffered = look_up(source, encoded)
             if raw is None:
                 raw, buffered = new, True
             if raw is None:
                 raise self._key_error(key)
-            value = source.unpickle(encoded, raw, buffered)
-            if _is_immutable(value):
+            value = unpickle(source.gate, encoded, raw, buffered)
+            if is_immutable(value):
                 raise TypeError(
                     f"The value of {describe(encoded)} can't be changed in place: it "
                     f"is of type {type(value).__name__}. Use transaction(), and store "
@@ -653,97 +570,98 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 )
             return value
 
-        env = self._env.shared
-        return manager(BlockScope(env, begin, lambda value: self.put(encoded, value)))
+        return self._block(begin, lambda value: self.put(encoded, value))
 
     def snapshot(self) -> AbstractContextManager[Snapshot[_K, _V], None]:
         """Return a context manager: the store as it is now, whatever comes.
 
         It yields a read-only mapping, which is closed at the end of the block.
-        Pending writes are flushed first, and so belong to it. Any number can be
-        open at once, in any thread.
+        Pending writes are flushed first, and so belong to the snapshot. Any number of
+        snapshots can be open at once, in any thread.
 
-        While one is open the map can't grow: who needs that waits for at most
-        `timeout` seconds, and then, or at once in the thread that has opened
-        a snapshot, gets a `SnapshotOpenError`; so do even reads of the store, if
-        another process has made the map larger. Also, LMDB can't use the pages again
-        that it shows, so the file grows with what is written meanwhile.
+        While one is open the map can't grow. A write that needs growth waits for at
+        most `timeout` seconds, then raises `SnapshotOpenError`; in a thread that has
+        opened a snapshot it raises at once. So does even a read of the store, if
+        another process has made the map larger. LMDB can't reuse the pages that a
+        snapshot shows, so the file grows with the writes meanwhile.
 
         Raises
         ------
-        GrowthError, DiskError, lmdb.Error
-            What is pending could not be flushed.
-        ClosedError
-            The store is closed.
+        GrowthError, DiskError, lmdb.Error, ClosedError
+            As for `flush`.
         ValueError
             The store was opened with ``lock=False``.
         BusyError
             Called inside a transaction block, whose changes no snapshot can have.
         """
-        return manager(SnapshotScope(self))
+        self._check_open()
+        shared = self._shared
+        source = SnapshotSource(shared.environment, self)
+
+        def begin() -> Snapshot[_K, _V]:
+            shared.open_snapshot(source)
+            return Snapshot(self._path, self._codec, source)
+
+        return manager(SnapshotScope(source, begin))
 
     # Flush and close
 
     def flush(self) -> None:
-        """Write everything that is pending to the database, in one transaction.
+        """Write all pending writes to the database, in one transaction.
 
         Durable when it returns, unless the store was opened with ``sync=False``,
-        ``metasync=False`` or ``map_async=True``. If it raises, everything is
-        still pending, and the next flush can succeed. (Where the map is at
+        ``metasync=False`` or ``map_async=True``. If it raises, as `put` does, all of
+        them are still pending, and the next flush can succeed. (Where the map is at
         `max_map_size`, deletions are committed first, by themselves.)
-
-        Raises
-        ------
-        GrowthError, DiskError, lmdb.Error, ReadOnlyError, ClosedError
-            As for `put`.
         """
         self._target().flush()
 
     def close(self, *, strict: bool = False) -> None:
         """Flush, wait for reads in the database to end, sync and close.
 
-        While other stores of this process have the same file open, that stays open,
-        with what could not be flushed. Closing again does nothing. A value that another
-        thread is unpickling at this moment is unpickled to its end.
-
-        Parameters
-        ----------
-        strict : bool
-            Raise what the final flush failed with, after everything is closed,
-            instead of logging it only.
+        While other stores of this process have the file open, the file stays open,
+        with the writes that could not be flushed. Closing again does nothing. A value
+        that another thread is unpickling at this moment is unpickled to its end.
 
         Raises
         ------
         LostWritesError
-            A RuntimeError, with `strict`; `write_buffer` still holds what was lost.
+            A RuntimeError, with `strict`, after everything is closed: the final flush
+            failed. (Else that is only logged.) `write_buffer` holds the lost writes.
         BusyError
-            Called while the same thread is inside another operation.
+            Called while the same thread is inside another operation. Or a read, or
+            another thread's transaction block, has not ended for `timeout` seconds.
         """
-        env: Any = self._env
-        if env.closed:
+        shared = self._shared
+        if shared.closed:
             return
-        error = env.leave(weakref.ref(self._handle), self)
-        closed: Any = _ClosedStore(env, self._path, error is not None)
-        self._env = closed
-        env.end_scans(self)
+        error = shared.leave(weakref.ref(self._handle), self)
+        lost = shared.pending.lost
+        if error is not None and not lost:
+            lost = dict(shared.pending.entries)
+        stand_in: Any = _Closed(
+            self._closed_error,
+            closed_error=self._closed_error,
+            lost=lost,
+            max_map_size=shared.max_map_size,
+            max_value=shared.pending.max_value,
+            timeout=shared.timeout,
+        )
+        self._pending = self._shared = stand_in  # at once: no call in between
+        shared.gate.stop_iterators(shared, self)
         if error is not None and strict:
             raise LostWritesError("Final flush failed during close()") from error
 
     @property
     def closed(self) -> bool:
         """Whether the store is closed."""
-        return self._env.closed
+        return self._shared.closed
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close; raise what that fails with unless the block itself raises."""
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        """Close; raise if that fails, or log if the block itself raises."""
         try:
             self.close(strict=exc_type is None)
         except Exception:
@@ -775,22 +693,19 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     @property
     def env(self) -> lmdb.Environment:
-        """The environment, for what the store does not wrap.
+        """The environment, for calls that the store does not wrap.
 
-        ClosedError once the store is closed. It may be replaced by another object
-        after an I/O error. Transactions of
-        your own must end before the map grows, which invalidates them, and before a
-        fork: in the child they would be ended for both.
+        ClosedError once the store is closed. After an I/O error another object may
+        take its place. Your own transactions must end before the map grows, which
+        invalidates them, and before a fork: in the child they would end for both.
         """
-        return self._env.environment()
+        env: lmdb.Environment = self._shared.environment.awake()
+        return env
 
     @property
     def write_buffer(self) -> Mapping[bytes, bytes | None]:
-        """A copy of the pending writes: pickled values, None for a deletion.
-
-        After a failed close, what was lost.
-        """
-        return MappingProxyType(dict(self._env.lost or self._env.buffer))
+        """A copy of the pending writes, or those a failed close lost; None deletes."""
+        return MappingProxyType(dict(self._pending.lost or self._pending.entries))
 
     @property
     def batch_size(self) -> int:
@@ -803,6 +718,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self._batch_size = value
         # A put into a shorter buffer doesn't make it full.
         self._room = -1 if self._readonly else value - 1
+        self._limits = value, self._batch_bytes
 
     @property
     def batch_bytes(self) -> int:
@@ -813,107 +729,69 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     def batch_bytes(self, value: int) -> None:
         _check_int("batch_bytes", value, 1)
         self._batch_bytes = value
+        self._limits = self._batch_size, value
 
     @property
     def max_map_size(self) -> int | None:
-        """Bytes up to which the map may grow by itself, or None.
-
-        A map that is larger already stays as it is.
-        """
-        return self._env.max_map_size
+        """Bytes up to which the map may grow by itself, or None; a larger map stays."""
+        return self._shared.max_map_size
 
     @max_map_size.setter
     def max_map_size(self, value: int | None) -> None:
         if value is not None:
             _check_int("max_map_size", value, 1)
-        self._env.set_cap(value)
+        self._shared.max_map_size = value
 
     @property
     def timeout(self) -> float:
-        """Seconds for which growth waits for open snapshots and stuck reads."""
-        return self._env.timeout
+        """Seconds that a call waits for others."""
+        return self._shared.timeout
 
     @timeout.setter
     def timeout(self, value: float) -> None:
         _check_timeout(value)
-        self._env.timeout = value
+        self._shared.timeout = value
 
     # Helpers
 
-    def _source(self) -> SharedEnvironment | Block:
-        env = self._env
-        return env if env.block is None else env.current()
+    def _source(self) -> SharedStore | TransactionBlock:
+        shared = self._shared
+        return shared if self._pending.block is None else shared.current()
 
-    def _target(self) -> SharedEnvironment | Block:
-        """Return what to write to."""
-        env = self._source()
-        if self._readonly and not env.closed:
+    def _target(self) -> SharedStore | TransactionBlock:
+        """Return the store or block to write to."""
+        shared = self._shared
+        if self._readonly and not shared.closed:
             raise ReadOnlyError(
                 f"The store at {self._path!r} is read-only: it was opened with "
                 "readonly=True."
             )
-        return env
+        return shared if self._pending.block is None else shared.current()
 
-    def _reading(self) -> SharedEnvironment | Block:
-        env = self._source()
-        if env.buffer and self.autoflush_on_read:
-            env.flush_for_read()
-        return env
+    def _reading(self) -> SharedStore | TransactionBlock:
+        source = self._source()
+        if source.pending.entries and self.autoflush_on_read:
+            source.flush_for_read()
+        return source
 
-    def _exchange(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
-        env = self._target()
-        return env.as_writer(env.exchange, key, expected, raw, self._limits())
+    def _check_open(self) -> None:
+        if self.closed:
+            raise self._shared.closed_error()
 
-    def _limits(self) -> tuple[int, int]:
-        return self._batch_size, self._batch_bytes
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"The store at {self._path!r} is closed.")
+
+    def _block(self, begin: Any, end: Any = None) -> AbstractContextManager[Any, None]:
+        self._target()
+        self._check_open()
+        shared = self._shared
+        return manager(BlockScope(shared.committer, shared.current_block, begin, end))
+
+    def _compare_and_set(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
+        return self._target().compare_and_set(key, expected, raw, self._limits)
 
     def _pickled(self, key: bytes, obj: object) -> bytes:
-        # put and put_many do the same without a call, which costs 4 %.
-        try:
-            raw = dumps(obj, HIGHEST_PROTOCOL)
-        except Exception as error:
-            _note_key(error, key)
-            raise
-        if len(raw) > self._env.max_value:
-            self._refuse_value(key, len(raw))
-        return raw
-
-    def _refuse_value(self, key: bytes, size: int) -> None:
-        cap = self._env.max_map_size
-        if cap is not None and size <= MAX_VALUE:
-            raise GrowthError(
-                f"The value of {describe(key)} takes {size} bytes and can never fit "
-                f"below max_map_size ({cap} bytes)."
-            )
-        raise SizeError(
-            f"The value of {describe(key)} takes {size} bytes; LMDB stores values "
-            "below 4 GiB. Store it in pieces."
-        )
-
-
-def _is_immutable(value: object) -> bool:
-    """Whether `value` is of a type whose objects can't be changed in place.
-
-    Python has no word for that. But what is equal by value and hashable has to be
-    so, unless it takes attributes; enums and frozen dataclasses only seem to.
-    """
-    if isinstance(value, _CONSTANTS):
-        return True
-    kind = type(value)
-    frozen = getattr(kind, "__dataclass_params__", None)
-    if isinstance(value, Enum) or (frozen is not None and frozen.frozen):
-        return True
-    if kind.__hash__ in (object.__hash__, None) or hasattr(value, "__dict__"):
-        return False
-    slots = chain.from_iterable(vars(base).get("__slots__", ()) for base in kind.mro())
-    can_set = kind.__setattr__ is object.__setattr__
-    return not (can_set and any(not name.startswith("_") for name in slots))
-
-
-def _note_key(error: Exception, key: bytes) -> None:
-    # What add_note() does, which 3.10 doesn't have.
-    notes: list[str] = getattr(error, "__notes__", [])
-    vars(error)["__notes__"] = [*notes, f"while pickling the value of {describe(key)}"]
+        return pickled(key, obj, self._pending.max_value, self.max_map_size)
 
 
 def _check_int(name: str, value: object, minimum: int) -> None:

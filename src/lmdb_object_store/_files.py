@@ -1,48 +1,42 @@
-"""Opening environments: which file it is, whether two fit, and what is durable."""
+"""Data files: telling them apart, opening them durably, and comparing two openings."""
 
 from __future__ import annotations
 
 import errno
 import os
-import time
 from typing import Any
 
 import lmdb
 
+from ._locks import poll
 from .exceptions import DiskError, ReadersFullError
 
 Identity = tuple[int, int] | str
-"""What tells one data file from another, however its path is spelled."""
+"""Tells one data file from another, however its path is spelled."""
 
 _ATTEMPTS = 100
 """How often to open a file that another process makes larger at each attempt."""
-_PAUSE = 0.05
-"""Seconds after which to look again for a free reader slot: who frees one is silent."""
+SLOT_PAUSE = 0.05
+"""Seconds after which to look again for a free reader slot."""
 
 _DEFAULTS: dict[str, Any] = {  # of lmdb.open(), as its documentation gives them
-    "metasync": True,
-    "sync": True,
-    "map_async": False,
-    "readahead": True,
-    "writemap": False,
-    "meminit": True,
+    **dict.fromkeys(("metasync", "sync", "readahead", "meminit", "lock"), True),
+    **dict.fromkeys(("map_async", "writemap"), False),
     "max_readers": 126,
     "max_dbs": 0,
-    "lock": True,
 }
 _OF_A_HANDLE = {"readonly", "map_size", "subdir"}
 _OF_A_NEW_FILE = {"create", "mode", "max_spare_txns"}
 _PROMISED = {"metasync", "sync", "map_async"}
-"""What a store that can be written to is promised unless it asks for less."""
+"""A store that can be written to is promised these, unless it asks for less."""
 
 
 def data_path(path: str, options: dict[str, Any]) -> str:
-    """Return the path of the data file of an environment."""
     return os.path.join(path, "data.mdb") if options.get("subdir", True) else path
 
 
 def identity_of(file: str) -> Identity | None:
-    """Return what tells `file` from others, None if there is no such file."""
+    """Return the identity of `file`, None if there is no such file."""
     try:
         status = os.stat(file)
     except OSError:
@@ -57,12 +51,8 @@ def open_environment(
 ) -> lmdb.Environment:
     """Open an environment, and clear the reader slots of dead processes.
 
-    A new file is on disk then, with the entry of its directory.
-
-    Raises
-    ------
-    ReadersFullError
-        No reader slot has become free within `timeout` seconds: LMDB wants one.
+    A new file is on disk then, with the entry of its directory. LMDB wants a free
+    reader slot: raises `ReadersFullError` if there is none for `timeout` seconds.
     """
     env = _open(path, options, timeout)
     try:
@@ -77,19 +67,26 @@ def open_environment(
 
 
 def _open(path: str, options: dict[str, Any], timeout: float) -> lmdb.Environment:
-    deadline = time.monotonic() + timeout
+    opened: list[lmdb.Environment] = []
+    if not poll(lambda: _has_opened(path, options, opened), timeout, SLOT_PAUSE):
+        raise readers_full_error(path)
+    return opened[0]
+
+
+def _has_opened(
+    path: str, options: dict[str, Any], opened: list[lmdb.Environment]
+) -> bool:
     attempts = 0
-    while True:
+    while not opened:
         try:
-            return lmdb.open(path, **options)
+            opened.append(lmdb.open(path, **options))
+        except lmdb.ReadersFullError:
+            return False
         except lmdb.MapResizedError:  # by another process, at this moment
             attempts += 1
             if attempts == _ATTEMPTS:
                 raise
-        except lmdb.ReadersFullError as error:
-            if time.monotonic() >= deadline:
-                raise readers_full_error(path) from error
-            time.sleep(_PAUSE)
+    return True
 
 
 def readers_full_error(path: str) -> ReadersFullError:
@@ -120,21 +117,16 @@ def _sync_directories(path: str, options: dict[str, Any]) -> None:
 
 
 def check_shared(path: str, has: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError unless an open environment is what is wanted.
+    """Raise ValueError unless an open environment has the options that are wanted.
 
-    Parameters
-    ----------
-    path : str
-        For the message.
-    has, wanted : dict
-        The arguments of `lmdb.open`. What isn't wanted explicitly can be anything,
-        but for what makes a promise: that a flush is durable, that reads are safe.
+    An option that isn't wanted explicitly can have any value, unless it makes a
+    promise: that a flush is durable, that reads are safe.
     """
     readonly = wanted.get("readonly", False)
     promised = {"lock"} if readonly else {"lock", *_PROMISED}
     for name in sorted(promised.union(wanted) - _OF_A_HANDLE - _OF_A_NEW_FILE):
         value: Any = wanted.get(name, _DEFAULTS.get(name))
-        if name == "lib_version" and value < 0:  # whatever the file is
+        if name == "lib_version" and value < 0:  # any engine
             continue
         _check_equal(path, name, has.get(name, _DEFAULTS.get(name)), value)
     if not readonly:

@@ -1,0 +1,334 @@
+"""Commits: the one place that begins, applies and commits a write transaction.
+
+As need be a commit makes the map grow, adopts a map that another process has made
+larger, or clears the slots of dead readers. Then it is tried again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import lmdb
+
+from ._buffer import Batch, State
+from ._environment import Begin, Environment
+from ._keys import ALL, KeyRange
+from ._map_size import MapSize
+from ._reads import adjustment
+from .exceptions import ConflictError, DiskError, GrowthError, SnapshotOpenError
+
+_R = TypeVar("_R")
+Transaction: TypeAlias = "lmdb.Transaction[Any]"
+Work = Callable[[Transaction], _R]
+"""Changes the database by a transaction."""
+_Covers = Callable[[bytes], bool]
+
+_DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG, -30772}  # MDB_SHORT_WRITE of 1.0
+_DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
+_DISK_CODES |= {39, 112} if os.name == "nt" else set()  # ERROR_(HANDLE_)DISK_FULL
+_EVERYTHING = 2**60  # entries of a deletion whose number isn't known
+_RECYCLE_PAGES = 4  # that `_recycle` needs beside those on the way to a key
+
+
+class Committer:
+    """Writes batches to the database, for the thread that holds the write lock."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.writer = environment.writer
+        self.buffer = self.writer.buffer
+        self.map = MapSize(environment.page_size)
+        self._recycled = -1  # the transaction that `_recycle` committed last
+
+    def check_open(self) -> None:
+        """Raise if nothing can be written any more."""
+        if "closing" in self.buffer.refusals:
+            raise self.environment.closed_error()
+
+    def flush(self, extra: Batch | None = None, pending: Batch | None = None) -> None:
+        """Commit the buffer and `extra`, then empty the buffer.
+
+        Puts go on meanwhile: see `WriteBuffer.remove`. If the commit fails, `extra` is
+        refused. `pending` is a copy of the buffer, if the caller has one.
+        """
+        if pending is None:
+            pending = dict(self.buffer.entries)
+        batch = {**pending, **extra} if extra else pending
+        if not batch:
+            return
+        try:
+            self.commit(batch)
+        except SnapshotOpenError:
+            raise
+        except GrowthError:
+            if None not in batch.values():
+                raise
+            batch = self._commit_in_parts(pending, batch, extra or {})
+        self.buffer.remove(pending, batch)
+
+    def _commit_in_parts(self, pending: Batch, batch: Batch, extra: Batch) -> Batch:
+        """Commit deletions by themselves: they may make room for the puts.
+
+        Returns the puts if they were committed.
+        """
+        deletions: Batch = {key: None for key in pending if pending[key] is None}
+        wanted: Batch = {key: None for key in extra if batch[key] is None}
+        for part in filter(None, (deletions, wanted)):
+            self._commit_deletions(sorted(part))
+            self.buffer.remove(pending, part)
+        puts: Batch = {key: raw for key, raw in batch.items() if raw is not None}
+        try:
+            self.commit(puts)
+        except lmdb.Error:
+            if wanted:
+                return {}  # the call asked for a deletion, which is done
+            raise
+        return puts
+
+    def _commit_deletions(self, keys: list[bytes]) -> None:
+        """Delete in as few transactions as the free pages allow."""
+        try:
+            self.commit(dict.fromkeys(keys))
+        except GrowthError:
+            if len(keys) == 1:
+                raise
+            middle = len(keys) // 2
+            self._commit_deletions(keys[:middle])
+            self._commit_deletions(keys[middle:])
+
+    def commit(self, batch: Batch) -> None:
+        """Write `batch` in one transaction.
+
+        Each key once and in order: that is fastest and makes the smallest file. And
+        LMDB's verifier calls a file damaged in which one transaction wrote a large
+        value and then a smaller one under the same key.
+        """
+        deletions: list[bytes] = []
+        keys = sorted(batch)
+        if None in batch.values():
+            deletions = [key for key in keys if batch[key] is None]
+            keys = [key for key in keys if batch[key] is not None]
+        puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
+        work = partial(_apply, deletions=deletions, puts=puts)
+        self.write(work, batch, len(batch), 1 if puts else 2)
+
+    def delete_many(self, keys: Collection[bytes]) -> int:
+        ordered, covers = sorted(keys), keys.__contains__
+        return self._erase(lambda txn: sum(map(txn.delete, ordered)), covers, len(keys))
+
+    def delete_range(self, keys: KeyRange) -> int:
+        work = self._drop if keys == ALL else partial(_delete_range, keys=keys)
+        return self._erase(work, keys.holds, _EVERYTHING)
+
+    def _drop(self, txn: Transaction) -> int:
+        existed: int = txn.stat()["entries"]
+        txn.drop(self.environment.handle.open_db(txn=txn), delete=False)
+        return existed
+
+    def _erase(self, work: Work[int], covers: _Covers, count: int) -> int:
+        try:
+            self.flush()  # later puts of other threads come after the deletion
+        except SnapshotOpenError:
+            raise
+        except (GrowthError, DiskError):
+            # There is no room for the pending writes, so some of them have to go, too:
+            # at the same moment as the database, as no read comes between.
+            return self.writer.exclusive(self._erase_pending, work, covers, count)
+        return self.write(work, {}, count, None) if count else 0
+
+    def _erase_pending(self, work: Work[int], covers: _Covers, count: int) -> int:
+        pending = dict(self.buffer.entries)
+        erased = {key: pending[key] for key in filter(covers, pending)}
+        after: list[int] = []
+
+        def erase(txn: Transaction) -> int:
+            existed = adjustment(txn, erased) + work(txn)
+            _touch(txn)  # or a commit that changes nothing leaves no trace
+            after[:] = txn.id(), txn.stat()["entries"]
+            return existed
+
+        try:
+            existed = self.write(erase, {}, count, None)
+            self.buffer.remove(pending, erased)
+        except BaseException:
+            # A KeyboardInterrupt may have come after the commit.
+            handle = self.environment.handle
+            if after == [handle.info()["last_txnid"], handle.stat()["entries"]]:
+                self.buffer.remove(pending, erased)
+            raise
+        return existed
+
+    def write(self, work: Work[_R], batch: Batch, count: int, share: int | None) -> _R:
+        """Do `work` in one transaction: put the values of `batch`, or delete.
+
+        The work puts or deletes `count` entries. Where the map has a cap, it has to
+        leave one `share`-th of the reserve, or with None the pages that `_recycle`
+        needs. A single deletion may use up everything.
+        """
+        environment = self.environment
+        while True:
+            begin = environment.begin
+            try:
+                if self.map.cap is not None:
+                    self._keep_reserve(work, batch, count, share)
+                if self.buffer.block is None:
+                    return _transact(begin, work)
+                return _transact(self.begin, partial(self._or_wait, work))
+            except (ConflictError, SnapshotOpenError):
+                raise
+            except lmdb.MapFullError:
+                # A reader that was killed keeps all pages that were freed since.
+                if not environment.handle.reader_check() and not self._recycle():
+                    self._grow(batch, count)
+            except lmdb.Error as error:
+                if getattr(error, "code", 0) in _DISK_CODES:
+                    raise self._disk_error(error) from error
+                environment.repair_as_writer(error, begin)
+
+    def begin(self, *_: object) -> Transaction:
+        """Begin a write transaction, or take that of the block that ends."""
+        block = self.buffer.block
+        if block is None or block.state is not State.ENDING:
+            return self.environment.begin(None, None, True)
+        if block.txn is None:
+            block.txn = self.environment.begin(None, None, True)
+            if block.txn.id() != block.id:
+                raise ConflictError(
+                    f"Another process has written to {self.environment.path!r} while "
+                    "room was made for a transaction block. Nothing of the block is "
+                    "written: run it again."
+                )
+        txn, block.txn = block.txn, None
+        block.committed = txn
+        return txn
+
+    def _or_wait(self, work: Work[_R], txn: Transaction) -> _R:
+        """Do `work`, of a block; wait for open snapshots if the map has to grow.
+
+        LMDB's lock still keeps other processes from writing then.
+        """
+        try:
+            return work(txn)
+        except lmdb.MapFullError:
+            if self._info("map_size") < self.map.limit():
+                self.writer.await_snapshots()
+            raise
+
+    def _disk_error(self, error: lmdb.Error) -> DiskError:
+        return DiskError(
+            f"{error}. The disk under {self.environment.path!r} is probably full, or "
+            "failing. Nothing of this was written; pending writes are kept. Free some "
+            "space and flush again."
+        )
+
+    def _info(self, name: str) -> int:
+        value: int = self.environment.handle.info()[name]
+        return value
+
+    def _needed(self, batch: Batch, count: int) -> int:
+        handle = self.environment.handle
+        return self.map.needed(batch, count, {**handle.stat(), **handle.info()})
+
+    def _grow(self, batch: Batch, count: int) -> None:
+        size = self._info("map_size")
+        wanted = self.map.grown(size, self._needed(batch, count))
+        if wanted <= size:
+            raise GrowthError(
+                f"The map of {self.environment.path!r} is full and has reached "
+                f"max_map_size, {self.map.cap} bytes. Raise max_map_size or delete "
+                "entries; pending writes are kept."
+            )
+        self.environment.move_map(wanted)
+        text = f"Map grown from {size} to {wanted} bytes"
+        self.writer.log_later(logging.INFO, text)
+
+    def _keep_reserve(
+        self, work: Work[Any], batch: Batch, count: int, share: int | None
+    ) -> None:
+        """Raise `lmdb.MapFullError` if `work` would use up the reserve."""
+        erases_one = count <= 1 and not any(batch.values())
+        if erases_one or not self.map.near_cap(self._needed(batch, count)):
+            return
+        filler = bytes(self.map.page_size - 64)  # takes a page of its own
+
+        def work_and_fill(txn: Transaction) -> None:
+            work(txn)
+            pages = _RECYCLE_PAGES + txn.stat()["depth"]
+            if share:
+                pages = max(8, self.map.reserve() // share)
+            txn.cursor().putmulti([(_spare_key(n), filler) for n in range(pages)])
+
+        begin, parent = self.begin, None
+        block = self.buffer.block
+        nests = not self.environment.options.get("writemap")  # LMDB can't with it
+        if block and block.state is State.ENDING and block.txn and nests:
+            # Else LMDB's lock would be given up between the rehearsal and the work.
+            begin, parent = self.environment.begin, block.txn
+        rehearsal = partial(self._or_wait, work_and_fill) if block else work_and_fill
+        _transact(begin, rehearsal, parent, commit=False)
+
+    def _recycle(self) -> bool:
+        """At the cap, make the pages usable that the last commit has freed.
+
+        LMDB uses them from the second transaction after that on, which never comes if
+        the next one always fails. Return whether there is something to gain.
+        """
+        may_grow = self._info("map_size") < self.map.limit()
+        if may_grow or self._info("last_txnid") == self._recycled:
+            return False
+        try:
+            _transact(self.begin, _touch)
+        except lmdb.Error:
+            return False
+        if self.buffer.block is not None:
+            self.buffer.block.id += 1
+        self._recycled = self._info("last_txnid")
+        return True
+
+
+def _transact(
+    begin: Begin, work: Work[_R], parent: Any = None, commit: bool = True
+) -> _R:
+    txn = begin(None, parent, True)
+    try:
+        result = work(txn)
+        if commit:
+            txn.commit()
+        return result
+    finally:
+        try:
+            txn.abort()  # does nothing after the commit
+        finally:
+            pass
+
+
+def _apply(
+    txn: Transaction, deletions: list[bytes], puts: list[tuple[bytes, Any]]
+) -> None:
+    for key in deletions:
+        txn.delete(key)
+    txn.cursor().putmulti(puts)
+
+
+def _delete_range(txn: Transaction, keys: KeyRange) -> int:
+    before: int = txn.stat()["entries"]
+    cursor = txn.cursor()
+    cursor.set_range(keys.low)
+    while (key := cursor.key()) and keys.holds(key):
+        cursor.delete()  # moves on to the next
+    return before - txn.stat()["entries"]
+
+
+def _spare_key(number: int) -> bytes:
+    return b"\xff" * 16 + number.to_bytes(4, "big")
+
+
+def _touch(txn: Transaction) -> None:
+    """Change nothing, but so that there is something to commit."""
+    key = _spare_key(0)
+    txn.put(key, b"", overwrite=False) and txn.delete(key)

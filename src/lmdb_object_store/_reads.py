@@ -1,0 +1,157 @@
+"""Reads over a transaction, and the pending writes of the same moment.
+
+A store (`SharedStore`), an open transaction block (`TransactionBlock`) and a snapshot
+(`SnapshotSource`) are sources. They differ in where the two come from. Single keys,
+many keys and key ranges are merged in the same way for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pickle import loads
+from typing import Any, TypeVar
+
+import lmdb
+
+from ._buffer import ABSENT, Batch, WriteBuffer
+from ._environment import Begin, Environment, Pick
+from ._values import ManyValues, load, unpickle_error
+from .exceptions import ClosedError
+
+_R = TypeVar("_R")
+
+ANYTHING: Any = object()
+"""In place of an expected raw value: any value will do."""
+
+
+class Source:
+    """Pending writes, over the state that a transaction shows."""
+
+    lasting = False  # whether there is one transaction, which outlasts the reads
+
+    def __init__(self, environment: Environment, pending: WriteBuffer) -> None:
+        self.environment = environment
+        self.gate = environment.gate
+        self.pending = pending
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be read any more."""
+        return self.environment.closed
+
+    def closed_error(self) -> ClosedError:
+        return self.environment.closed_error()
+
+    def view(self, pick: Pick, action: Callable[..., _R], *args: Any) -> _R:
+        """Do `Environment.view` with the pending writes of this source."""
+        environment, pending = self.environment, self.pending
+        repair, view = environment.repair, environment.view
+        result: _R = environment.retry(repair, view, pending, pick, action, args)
+        return result
+
+    def fetch(self, key: bytes) -> bytes | None:
+        """Return a copy of the value of `key` in the database."""
+        return self.environment.fetch(key)
+
+    def gives_views(self, values: bool) -> bool:
+        """Return whether a scan gets views of the map."""
+        return self.environment.gives_views(values)
+
+    def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
+        """Return the objects stored under `keys`, pending or not, at one moment."""
+        return self.gate.user_code(self._read_many, keys)
+
+    def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
+        gate = self.gate
+
+        def pick(begin: Begin) -> tuple[lmdb.Transaction[Any], tuple[Batch, bool]]:
+            picked = self.pending.pick(keys)
+            views = gate.large_seen
+            return begin(None, None, False, views), (picked, views)
+
+        def pin(txn: Any, picked: tuple[Batch, bool]) -> tuple[Batch, ManyValues]:
+            return picked[0], ManyValues(gate, txn, keys, picked[1])
+
+        pending, stored = self.view(pick, pin)
+        try:
+            return self._unpickle_many(pending, stored, len(keys))
+        finally:
+            try:
+                gate.read(stored.abort)
+            finally:
+                stored.forget()
+
+    def _unpickle_many(
+        self, pending: Batch, stored: ManyValues, count: int
+    ) -> dict[bytes, Any]:
+        gate = self.gate
+        found: dict[bytes, Any] = {}
+        while count:
+            chunk, raws = gate.read(stored.next_chunk)
+            if not chunk:
+                raise self.closed_error()  # a fork has made the pin forget
+            count -= len(chunk)
+            if pending:
+                raws = list(map(pending.get, chunk, raws))
+            unpickle = load if gate.large_seen else loads
+            try:
+                for key, raw in zip(chunk, raws, strict=True):
+                    if raw is not None:
+                        found[key] = unpickle(raw)
+            except Exception as error:
+                raise unpickle_error(key, key in pending, error) from error
+        return found
+
+
+def look_up(source: Source, key: bytes) -> tuple[bytes | None, bool]:
+    """Return the raw value of `key`, if there is one, and whether it is pending."""
+    pending = source.pending.entries.get(key, ABSENT)
+    if pending is not ABSENT:
+        return pending, True
+    return source.fetch(key), False
+
+
+def pick_all(pending: WriteBuffer, begin: Begin) -> tuple[Any, Batch]:
+    return begin(), dict(pending.entries)
+
+
+def last_key(source: Source) -> bytes | None:
+    """Return the last key of all. Costs a look at every pending key."""
+    return source.view(partial(pick_all, source.pending), last_key_of)
+
+
+def last_key_of(txn: Any, pending: Batch) -> bytes | None:
+    """Return the last key that `txn`, with `pending` over it, shows."""
+    put = max((key for key in pending if pending[key] is not None), default=b"")
+    stored: bytes
+    for stored in txn.cursor().iterprev(True, False):
+        if pending.get(stored, ABSENT) is not None:
+            return max(stored, put)
+    return put or None
+
+
+def pick_none(begin: Begin) -> tuple[Any, None]:
+    return begin(), None
+
+
+def pick_views(begin: Begin) -> tuple[Any, None]:
+    """Return a transaction that gives views of the map."""
+    return begin(None, None, False, True), None
+
+
+def is_stored(txn: Any, _: None, key: bytes, expected: Any) -> bool:
+    return is_as_expected(expected, txn.get(key))
+
+
+def is_as_expected(expected: Any, raw: Any) -> bool:
+    """Return whether `raw`, perhaps a view of the map, is the expected raw value."""
+    if expected is None or raw is None:
+        return expected is raw
+    return expected is ANYTHING or bytes(raw) == expected
+
+
+def adjustment(txn: lmdb.Transaction[Any], pending: Batch) -> int:
+    """Return how many entries `pending` would add to those that `txn` shows."""
+    puts = len(pending) - list(pending.values()).count(None)
+    return puts - sum(map(txn.cursor().set_key, pending))
