@@ -219,16 +219,20 @@ def in_thread() -> Callable[[Callable[[], Any]], Worker]:
     return Worker
 
 
-def wait_until_idle(thread: threading.Thread) -> None:
-    """Wait until a thread has executed nothing for a while, as it waits for a lock."""
+def wait_until_idle_in(function: str, thread: int) -> None:
+    """Wait until a thread stands still inside of `function`, as it waits for a lock."""
     pause = threading.Event()
+    wait_until_in(function, thread)
     moments: list[Any] = []
-    while len(moments) < 20 or len(set(moments[-20:])) > 1:
+    for _ in range(int(PATIENCE * 200)):
         # Documented in spite of its underscore.
-        frame = sys._current_frames()[thread.ident or 0]  # noqa: SLF001
+        frame = sys._current_frames()[thread]  # noqa: SLF001
         moments.append((frame.f_code, frame.f_lasti))
         del frame  # it refers to all frames
+        if len(moments) > 20 and len(set(moments[-20:])) == 1:
+            return
         pause.wait(0.005)
+    raise AssertionError(f"the thread never waited in {function}()")
 
 
 def run_all(*actions: Callable[[], Any]) -> list[Any]:

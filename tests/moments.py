@@ -32,6 +32,7 @@ WAITS_FOR_BLOCK = "_await_block"  # for the end of another thread's transaction 
 WAITS_FOR_SNAPSHOTS = "await_snapshots"  # as the map has to move
 WAITS_FOR_READS = "exclusive"  # as the map moves now, or the file is closed
 WAITS_FOR_READ_OF_SNAPSHOT = "locked"  # that another thread does in the same snapshot
+WAITS_FOR_LOCK = "locked"  # of any part
 SHARES_SNAPSHOT = "_share"  # reads first in a snapshot that another thread has used
 WAITS_FOR_SLOT = "_await_slot"  # of LMDB's table of readers, to read
 WAITS_FOR_SLOT_TO_OPEN = "_open"  # to open the file

@@ -12,9 +12,15 @@ from itertools import count
 
 import pytest
 
-from conftest import PATIENCE, times, wait_until_idle
+from conftest import PATIENCE, times, wait_until_idle_in
 from lmdb_object_store import GrowthError, LmdbObjectStore
-from moments import KEEPS_TRANSACTION, Parked, every_step, part_of
+from moments import (
+    KEEPS_TRANSACTION,
+    WAITS_FOR_LOCK,
+    Parked,
+    every_step,
+    part_of,
+)
 
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
@@ -428,21 +434,24 @@ def test_a_store_may_be_closed_wherever_a_read_was_interrupted(open_filled):
 
 
 WAITING = {
-    "put": lambda store: store.put("new", 1),
-    "delete": lambda store: store.delete("a"),
-    "get_many": lambda store: store.get_many(["a", "put"]),
+    "put": (lambda store: store.put("new", 1), "put"),
+    "delete": (lambda store: store.delete("a"), WAITS_FOR_LOCK),
+    "get_many": (lambda store: store.get_many(["a", "put"]), WAITS_FOR_LOCK),
 }
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="the OS can't do that")
-@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
-def test_a_wait_for_the_buffer_may_be_interrupted(open_filled, in_thread, wait):
+@pytest.mark.parametrize(("wait", "function"), WAITING.values(), ids=WAITING)
+def test_a_wait_for_the_buffer_may_be_interrupted(
+    open_filled, in_thread, wait, function
+):
     store = open_filled()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt():
-        wait_until_idle(threading.main_thread())
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        main = threading.main_thread().ident
+        wait_until_idle_in(function, main)
+        signal.pthread_kill(main, signal.SIGINT)
 
     try:
         # It begins its transaction with the buffer locked.

@@ -13,12 +13,15 @@ from conftest import PATIENCE
 from lmdb_object_store import BusyError, ClosedError, ConflictError, LmdbObjectStore
 from moments import (
     LOOKS_BEFORE_POP,
+    WAITS_FOR_LMDB,
     WAITS_FOR_READ_OF_SNAPSHOT,
     WAITS_FOR_WRITER,
     Parked,
     at_call,
+    is_method,
 )
 
+CAP = 2**16
 LARGE = b"x" * 150_000  # more than what is copied out of the map before it is unpickled
 
 
@@ -215,6 +218,47 @@ def test_a_pop_in_a_block_takes_what_a_signal_handler_has_put(store):
     with store.transaction(), at_call("begin", put, LOOKS_BEFORE_POP):
         assert store.pop("a") == 10
     assert "a" not in store
+
+
+def test_a_put_while_a_block_begins_in_a_store_near_its_cap(open_store):
+    store = open_store("capped", key_encoding="utf-8", map_size=CAP, max_map_size=CAP)
+    at_begin = at_call("begin", lambda: store.put("a", 1), WAITS_FOR_LMDB)
+    with at_begin as results, store.transaction():
+        store["b"] = store["a"] + 1
+    assert results == [None]
+    assert dict(store) == {"a": 1, "b": 2}
+
+
+def test_growth_is_logged_when_the_writer_is_free_again(
+    open_store, in_thread, monkeypatch
+):
+    store = open_store("growing", key_encoding="utf-8", map_size=2**16)
+    others = []
+    logger = logging.getLogger("lmdb_object_store")
+
+    def log(*_):  # as a logging handler may, lets another thread write
+        writing = in_thread(lambda: store.put_many({"c": 3}))
+        others.append(writing.result())
+
+    monkeypatch.setattr(logger, "log", log)
+    grown = []
+
+    def enter_block():  # inside the commit that is tried again after the growth
+        with pytest.raises(BusyError), store.transaction():
+            pass
+        grown.append(store)
+
+    def hook(frame, event, function):
+        if event == "c_call" and is_method(function, "set_mapsize"):
+            sys.setprofile(None)
+            stack.enter_context(at_call("putmulti", enter_block))
+
+    with ExitStack() as stack:
+        sys.setprofile(hook)
+        store.put_many({"large": LARGE})
+    assert grown == [store]
+    assert others == [None]
+    assert store["c"] == 3
 
 
 def test_who_waits_long_for_a_block_tells_so(store, in_thread):
