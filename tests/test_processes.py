@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,29 @@ def test_processes_that_write_and_grow_lose_nothing(open_store, lib_version, sta
             assert values == [bytes([n]) * 40_000] * 4
     store.close()
     verify(store.db_path)
+
+
+@ENGINES
+def test_len_counts_no_commit_that_reads_do_not_see_yet(open_store, lib_version):
+    # 1. A commit of another process has written the meta page with its number, 2.
+    # 2. The number in the lock file, by which reads choose their meta page, is still 1.
+    store = open_store(lib_version=lib_version, subdir=False)
+    first, second = (number.to_bytes(8, sys.byteorder) for number in (1, 2))
+    lock_file = Path(f"{store.db_path}-lock")
+    store.put_many({b"a": 1})
+    before = lock_file.read_bytes()
+    store.put_many({b"b": 2})
+    after = lock_file.read_bytes()
+    [offset] = [
+        at
+        for at in range(0, 256, 8)
+        if before[at : at + 8] == first and after[at : at + 8] == second
+    ]
+    with lock_file.open("r+b", buffering=0) as header:
+        for number, count in ((first, 1), (second, 2)):
+            header.seek(offset)
+            header.write(number)
+            assert len(store) == len(list(store)) == count
 
 
 @ENGINES

@@ -179,7 +179,9 @@ class Environment:
         return raw
 
     def count(self) -> int:
-        entries: int = self.retry(self.repair, lambda _: self.handle.stat()["entries"])
+        # By a transaction: `lmdb.Environment.stat` shows the commit of another process
+        # a moment before reads see it.
+        entries: int = self.retry(self.repair, lambda begin: begin().stat()["entries"])
         return entries
 
     def view(
