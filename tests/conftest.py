@@ -22,6 +22,8 @@ from lmdb_object_store import LmdbObjectStore
 PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+
 THOROUGH = False
 """Whether to try all moments and to repeat often."""
 SEED = 0

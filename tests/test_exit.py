@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
+from conftest import needs_fork
+
 METHODS = ["spawn"] if os.name == "nt" else ["fork", "spawn", "forkserver"]
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
 
 
 OPEN = """

@@ -17,6 +17,7 @@ from conftest import PATIENCE, times
 from lmdb_object_store import LmdbObjectStore
 
 LINUX = sys.platform == "linux"
+needs_mounts = pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
 linux_only = pytest.mark.skipif(not LINUX, reason="needs Linux's rlimits and /proc")
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 
@@ -223,7 +224,7 @@ os.unlink("disk/ballast")
 """
 
 
-@pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
+@needs_mounts
 @ENGINES
 def test_a_full_disk(run, small_disks, lib_version):
     freed = """
@@ -241,7 +242,7 @@ def test_a_full_disk(run, small_disks, lib_version):
     run(FULL_DISK + textwrap.dedent(freed), lib_version, prefix=MOUNT)
 
 
-@pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
+@needs_mounts
 @ENGINES
 @pytest.mark.parametrize("erase", ["store.clear()", "store.delete_many(store.keys())"])
 def test_a_full_disk_can_be_cleared(run, small_disks, lib_version, erase):
@@ -258,7 +259,7 @@ def test_a_full_disk_can_be_cleared(run, small_disks, lib_version, erase):
     run(script, lib_version, prefix=MOUNT)
 
 
-@pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
+@needs_mounts
 def test_closing_on_a_full_disk_keeps_what_is_lost(run, small_disks):
     script = FULL_DISK.replace('os.unlink("disk/ballast")', "") + textwrap.dedent("""
         try:

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from conftest import PATIENCE, times, wait_until_in
+from conftest import PATIENCE, needs_fork, times, wait_until_in
 from lmdb_object_store import BusyError, ClosedError
 from moments import (
     FORK_BARS_READS,
@@ -28,7 +28,7 @@ from moments import (
 from test_faults import ENGINES, verify
 
 pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()"),
+    needs_fork,
     pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
 ]
 

@@ -1,6 +1,5 @@
 """Iteration while things change: by other threads and in the loop's own body."""
 
-import os
 import pickle
 import random
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, needs_fork
 from lmdb_object_store import ClosedError, LmdbObjectStore, UnpickleError
 from moments import WAITS_FOR_READS, Parked, every_step, handling
 
@@ -745,7 +744,7 @@ store.close(strict=True)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+@needs_fork
 def test_a_forked_child_can_not_go_on_with_an_iteration(tmp_path):
     assert run(FORK, cwd=tmp_path) == ""
 

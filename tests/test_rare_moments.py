@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import lmdb
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, needs_fork
 from lmdb_object_store import BusyError, ClosedError, ConflictError, LmdbObjectStore
 from moments import (
     LOOKS_BEFORE_POP,
@@ -190,7 +190,7 @@ def test_a_lost_block_lets_the_exception_of_its_body_pass(store, in_thread):
     assert dict(store.items()) == {"a": 1, "b": 2, "c": 3}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+@needs_fork
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_child_leaves_the_block_of_another_thread_alone(store, in_thread):
     with held(in_thread, store.transaction()):

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import logging
 import mmap
-import os
 import queue
 import random
 import subprocess
@@ -18,7 +17,7 @@ from functools import partial
 import lmdb
 import pytest
 
-from conftest import PATIENCE, run_all
+from conftest import PATIENCE, needs_fork, run_all
 from lmdb_object_store import (
     BusyError,
     ClosedError,
@@ -43,7 +42,6 @@ SMALL_MAP = 16 * mmap.PAGESIZE
 LARGE = 150 * KIB
 """Bytes of a value that is unpickled piece by piece."""
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
 
 
 def small(number):

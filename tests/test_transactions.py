@@ -9,7 +9,6 @@ import gc
 import logging
 import mmap
 import operator
-import os
 import pathlib
 import pickle
 import random
@@ -26,7 +25,7 @@ from itertools import count, islice
 
 import pytest
 
-from conftest import PATIENCE, Worker
+from conftest import PATIENCE, Worker, needs_fork
 from lmdb_object_store import (
     BusyError,
     ClosedError,
@@ -46,7 +45,6 @@ from moments import (
 )
 
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
 
 MIB = 2**20
 SMALL_MAP = 16 * mmap.PAGESIZE
