@@ -679,12 +679,14 @@ def test_puts_of_a_signal_handler_are_not_lost_among_long_commits(open_store):
     dice = random.Random(1)
     visits = count()
     accepted = []
+    running = True
 
     def put():
         key = b"handler %d" % next(visits)
         store[key] = key
         accepted.append(key)
-        signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 2e-3))
+        if running:
+            signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 2e-3))
 
     before = signal.signal(signal.SIGALRM, lambda *_: put())
     signal.setitimer(signal.ITIMER_REAL, 1e-4)
@@ -696,6 +698,7 @@ def test_puts_of_a_signal_handler_are_not_lost_among_long_commits(open_store):
             store.put_many({b"batch %d" % n: (number, LARGE) for n in range(4)})
             assert store.get_many([b"batch 1"])[0][b"batch 1"][0] == number
     finally:
+        running = False  # an alarm that waits is handled at the end of the next call
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     store.close()
