@@ -1423,6 +1423,35 @@ def test_the_last_store_is_dropped_at_any_moment_of_closing_another(
     in_thread(lambda: check(tmp_path)).result()
 
 
+@UNCLOSED
+def test_another_store_is_opened_at_any_moment_of_dropping_the_last(
+    tmp_path, in_thread
+):
+    opened = []
+
+    def open_another():
+        with suppress(BusyError):
+            opened.append(LmdbObjectStore(tmp_path / "db", sync=False, timeout=0))
+
+    def prepare():
+        store = LmdbObjectStore(tmp_path / "db", sync=False)
+        store[b"a"] = 1
+        return [store]
+
+    shared = 0
+    with handling(open_another):
+        for _, result in every_step(prepare, list.clear):
+            assert result is None
+            for store in opened:
+                shared += 1
+                env = store.env
+                store.close(strict=True)
+                assert not is_open(env)
+            opened.clear()
+    assert shared > part_of(20)
+    in_thread(lambda: check(tmp_path)).result()
+
+
 # Processes
 
 COUNT = """

@@ -404,9 +404,12 @@ class SharedStore(Source):
         if "exiting" in self.pending.refusals or self.closed:
             return  # as at exit it writes through
         warn = self.users.handles.get(handle, False)
-        if self.users.leave_others(handle):
+        left = self.users.leave_others(handle)
+        if left:
             self.flush_for_read()
-        if self.users.only(handle):  # the others may be gone meanwhile
+        # The others may be gone meanwhile. An object that entered meanwhile does not
+        # spare this one the way out.
+        if not left or self.users.only(handle):
             try:
                 self.leave(handle, None)
             except BusyError:
