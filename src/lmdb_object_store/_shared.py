@@ -407,8 +407,8 @@ class SharedStore(Source):
         left = self.users.leave_others(handle)
         if left:
             self.flush_for_read()
-        # The others may be gone meanwhile. An object that entered meanwhile does not
-        # spare this one the way out.
+        # After that flush the others may be gone. And where no other object was left at
+        # first, the handle still counts, though another object may have entered since.
         if not left or self.users.only(handle):
             try:
                 self.leave(handle, None)
