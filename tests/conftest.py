@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import pickle
+import queue
 import random
 import signal
 import subprocess
@@ -95,6 +97,18 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, An
     for store in opened:  # in a thread: after a deadlock this would hang, too
         Worker(store.close).result()
     gc.collect()
+
+
+@pytest.fixture
+def errors() -> Iterator[queue.Queue[logging.LogRecord]]:
+    """Collect the errors that the library logs, from now on."""
+    records: queue.Queue[logging.LogRecord] = queue.Queue()
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = records.put  # type: ignore[method-assign]
+    logger = logging.getLogger("lmdb_object_store")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -17,10 +17,17 @@ import lmdb
 
 from ._buffer import Batch, State
 from ._environment import Begin, Environment
-from ._keys import ALL, KeyRange
+from ._keys import ALL, KeyRange, describe
 from ._map_size import MapSize
 from ._reads import adjustment
-from .exceptions import ConflictError, DiskError, GrowthError, SnapshotOpenError
+from .exceptions import (
+    ConflictError,
+    DiskError,
+    GrowthError,
+    NamedDatabaseError,
+    ReplacedError,
+    SnapshotOpenError,
+)
 
 _R = TypeVar("_R")
 Transaction: TypeAlias = "lmdb.Transaction[Any]"
@@ -32,6 +39,7 @@ _DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG, -30772}  # MDB_SHORT_WRITE 
 _DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
 _DISK_CODES |= {39, 112} if os.name == "nt" else set()  # ERROR_(HANDLE_)DISK_FULL
 _EVERYTHING = 2**60  # entries of a deletion whose number isn't known
+_NAMED_DATABASE = 48  # bytes of the value under the name: struct MDB_db of mdb.c
 _RECYCLE_PAGES = 4  # that `_recycle` needs beside those on the way to a key
 
 
@@ -69,7 +77,26 @@ class Committer:
             if None not in batch.values():
                 raise
             batch = self._commit_in_parts(pending, batch, extra or {})
+        except NamedDatabaseError as error:
+            self._flush_others(error, pending, extra or {})
+            return
         self.buffer.remove(pending, batch)
+
+    def _flush_others(
+        self, error: NamedDatabaseError, pending: Batch, extra: Batch
+    ) -> None:
+        """Refuse the writes at fault, flush all others, and raise the error.
+
+        Or log it, if `extra` can be written: a put has nothing to do with others.
+        """
+        refused = {key: pending[key] for key in error.keys & pending.keys()}
+        self.buffer.remove(pending, refused)
+        if "closing" in self.buffer.refusals:
+            self.buffer.lost = {**self.buffer.lost, **refused}
+        self.flush(_without(extra, error.keys), _without(pending, error.keys))
+        if error.keys & extra.keys() or not extra:
+            raise error
+        self.writer.log_later(logging.ERROR, str(error))
 
     def _commit_in_parts(self, pending: Batch, batch: Batch, extra: Batch) -> Batch:
         """Commit deletions by themselves: they may make room for the puts.
@@ -106,7 +133,8 @@ class Committer:
 
         Each key once and in order: that is fastest and makes the smallest file. And
         LMDB's verifier calls a file damaged in which one transaction wrote a large
-        value and then a smaller one under the same key.
+        value and then a smaller one under the same key. Raises `NamedDatabaseError`,
+        with the keys at fault.
         """
         deletions: list[bytes] = []
         keys = sorted(batch)
@@ -115,7 +143,39 @@ class Committer:
             keys = [key for key in keys if batch[key] is not None]
         puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
         work = partial(_apply, deletions=deletions, puts=puts)
-        self.write(work, batch, len(batch), 1 if puts else 2)
+        try:
+            self.write(work, batch, len(batch), 1 if puts else 2)
+        except lmdb.IncompatibleError as error:
+            names = self._names_among(batch)
+            raise (self._name_error(names) if names else error) from error
+
+    def _names_among(self, batch: Batch) -> list[bytes]:
+        """Return the keys that are names of named databases."""
+
+        def candidates(txn: Transaction) -> list[bytes]:
+            return [key for key in batch if len(txn.get(key, b"")) == _NAMED_DATABASE]
+
+        begin = self.environment.begin
+        found = self._transact(begin, candidates, commit=False)
+        return sorted(filter(self._is_name, found))
+
+    def _name_error(self, names: list[bytes]) -> NamedDatabaseError:
+        error = NamedDatabaseError(
+            f"{self.environment.path!r} has named databases, made by another program: "
+            f"{', '.join(map(describe, names))}. Nothing can be stored or deleted "
+            "under their names, and these writes are refused. Use other keys, or a "
+            "file of the store's own."
+        )
+        error.keys = frozenset(names)
+        return error
+
+    def _is_name(self, key: bytes) -> bool:
+        overwrite = partial(_apply, deletions=[], puts=[(key, b"")])
+        try:
+            self._transact(self.environment.begin, overwrite, commit=False)
+        except lmdb.IncompatibleError:
+            return True
+        return False
 
     def delete_many(self, keys: Collection[bytes]) -> int:
         ordered, covers = sorted(keys), keys.__contains__
@@ -177,9 +237,9 @@ class Committer:
                 if self.map.cap is not None:
                     self._keep_reserve(work, batch, count, share)
                 if self.buffer.block is None:
-                    return _transact(begin, work)
-                return _transact(self.begin, partial(self._or_wait, work))
-            except (ConflictError, SnapshotOpenError):
+                    return self._transact(begin, work)
+                return self._transact(self.begin, partial(self._or_wait, work))
+            except (ConflictError, ReplacedError, SnapshotOpenError):
                 raise
             except lmdb.MapFullError:
                 # A reader that was killed keeps all pages that were freed since.
@@ -189,6 +249,27 @@ class Committer:
                 if getattr(error, "code", 0) in _DISK_CODES:
                     raise self._disk_error(error) from error
                 environment.repair_as_writer(error, begin)
+
+    def _transact(
+        self, begin: Begin, work: Work[_R], parent: Any = None, commit: bool = True
+    ) -> _R:
+        environment = self.environment
+        txn = begin(None, parent, True)
+        try:
+            # First, as LMDB can abort on what writers without a common lock have left.
+            environment.files.check_lock()
+            result = work(txn)
+            if commit:
+                size = environment.files.check_data()  # as late as can be
+                txn.commit()
+        finally:
+            try:
+                txn.abort()  # does nothing after the commit
+            finally:
+                pass
+        if commit:
+            environment.fill_file(size)
+        return result
 
     def begin(self, *_: object) -> Transaction:
         """Begin a write transaction, or take that of the block that ends."""
@@ -270,7 +351,7 @@ class Committer:
             # Else LMDB's lock would be given up between the rehearsal and the work.
             begin, parent = self.environment.begin, block.txn
         rehearsal = partial(self._or_wait, work_and_fill) if block else work_and_fill
-        _transact(begin, rehearsal, parent, commit=False)
+        self._transact(begin, rehearsal, parent, commit=False)
 
     def _recycle(self) -> bool:
         """At the cap, make the pages usable that the last commit has freed.
@@ -282,7 +363,7 @@ class Committer:
         if may_grow or self._info("last_txnid") == self._recycled:
             return False
         try:
-            _transact(self.begin, _touch)
+            self._transact(self.begin, _touch)
         except lmdb.Error:
             return False
         if self.buffer.block is not None:
@@ -291,20 +372,8 @@ class Committer:
         return True
 
 
-def _transact(
-    begin: Begin, work: Work[_R], parent: Any = None, commit: bool = True
-) -> _R:
-    txn = begin(None, parent, True)
-    try:
-        result = work(txn)
-        if commit:
-            txn.commit()
-        return result
-    finally:
-        try:
-            txn.abort()  # does nothing after the commit
-        finally:
-            pass
+def _without(batch: Batch, keys: Collection[bytes]) -> Batch:
+    return {key: raw for key, raw in batch.items() if key not in keys}
 
 
 def _apply(

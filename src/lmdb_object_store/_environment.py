@@ -8,6 +8,7 @@ that meet such a state are tried again.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,11 +21,17 @@ import lmdb
 
 from . import _files
 from ._buffer import State, WriteBuffer
+from ._diagnosis import explained
 from ._locks import Action, Args, held_here, locked, poll
 from ._registry import registry
 from ._values import CHUNK_BYTES, LARGE, LargeValue, is_blob, unpickle, unpickle_error
 from ._writer import Writer
-from .exceptions import ClosedError, GrowthError, SnapshotOpenError
+from .exceptions import (
+    ClosedError,
+    GrowthError,
+    ReplacedError,
+    SnapshotOpenError,
+)
 
 _R = TypeVar("_R")
 
@@ -75,18 +82,10 @@ class Environment:
         self.writer = writer
         self.gate = writer.gate
         self._readers = self.gate.readers
-        self._file = _files.data_path(path, options)
         self._attach(_files.open_environment(path, options))
-        engine = self.handle.lib_version()[0]
-        if options.get("writemap") and engine >= 1:
-            self.handle.close()
-            raise ValueError(
-                "writemap=True can't be used with the LMDB 1.0 engine: a commit that "
-                "frees pages can abort the process (seen with 1.0.2). "
-                f"Open {path!r} without writemap, or make it with lib_version=0."
-            )
-        self.identity = _files.identity_of(self._file) or object()  # if it is gone
-        self.engine = engine
+        self.files = _files.OpenFiles(path, options)
+        self.identity = self.files.identity
+        self.engine: int = self.handle.lib_version()[0]
         self.max_key: int = self.handle.max_key_size()
         self.page_size: int = self.handle.stat()["psize"]
         self._map_size: int = self.handle.info()["map_size"]
@@ -139,6 +138,14 @@ class Environment:
                     gate.large_seen = True
                 if exists_only:
                     return True
+                if large and not views:
+                    # The first of all: read again, without a copy beside the object.
+                    views, raw = True, None
+                    txn = begin(None, None, False, True)
+                    raw = txn.get(key)
+                    if raw is None:
+                        return default  # deleted meanwhile, by another process
+                    large = len(raw) >= LARGE
                 if views:
                     if not large:
                         raw = raw.tobytes()
@@ -156,7 +163,7 @@ class Environment:
             try:
                 return loads(raw) if type(raw) is bytes else raw.load()
             except Exception as error:
-                raise unpickle_error(key, False, error) from error
+                raise unpickle_error(key, raw, False, error) from error
         finally:
             try:
                 if outer is None:
@@ -252,7 +259,11 @@ class Environment:
         elif isinstance(error, lmdb.PanicError) or not self.is_alive():
             self.writer.exclusive(self._reopen)
         else:
-            raise error
+            raise self.explained(error)
+
+    def explained(self, error: lmdb.Error) -> lmdb.Error:
+        """Return an error that says more than `error`, or `error` itself."""
+        return explained(error, self.path, self.options)
 
     def _await_slot(self) -> None:
         notice = self.writer.notice("a read waits for a free reader slot")
@@ -293,35 +304,33 @@ class Environment:
         self.handle.close()
         dormant = self.dormant
         why = "in this child process" if dormant else "after an error"
-        if _files.identity_of(self._file) != self.identity:
+        try:
+            self.check_files()
+        except ReplacedError as error:
             registry.forget(self)  # another file can get its number now
             raise ClosedError(
                 f"The store at {self.path!r} had to be opened again {why}, but its "
-                "data file is gone or was replaced by another one."
-            )
-        options = {**self.options, "map_size": self._map_size, "create": False}
-        self._attach(_files.open_environment(self.path, options, self.writer.timeout))
+                "data file or lock file is gone or was replaced by another one."
+            ) from error
+        self._open()
         if not dormant:
             text = "Environment reopened after an error"
             self.writer.log_later(logging.WARNING, text)
 
+    def _open(self) -> None:
+        options = {**self.options, "map_size": self._map_size, "create": False}
+        self._attach(_files.open_environment(self.path, options, self.writer.timeout))
+
     def awake(self) -> Any:
         """Return the `lmdb.Environment`, opened if need be."""
-        if self.dormant:
+        if self.dormant or not self.is_alive():
             self.retry(self.repair, lambda begin: begin().abort())
         return self.handle
 
     def move_map(self, size: int) -> None:
         """Make the map `size` bytes large; 0 adopts the size of another process."""
         try:
-            moved = False
-            while not moved:
-                self.writer.await_snapshots()
-                block = self.writer.buffer.block
-                if block is not None and block.state is State.ENDING and block.txn:
-                    block.txn.abort()
-                    block.txn = None
-                moved = self.writer.exclusive(self._set_map_size, size)
+            self._without_snapshots(self._set_map_size, size)
         except (lmdb.Error, MemoryError) as error:
             if not size or isinstance(error, SnapshotOpenError):
                 raise
@@ -330,9 +339,24 @@ class Environment:
                 f"bytes: {error} Pending writes are kept; flush again later."
             ) from error
 
-    def _set_map_size(self, size: int) -> bool:
+    def _without_snapshots(self, action: Action[None], *args: Any) -> None:
+        """Call `action`, which moves the map, when no snapshot and no read is in it."""
+        moved = False
+        while not moved:
+            self.writer.await_snapshots()
+            block = self.writer.buffer.block
+            if block is not None and block.state is State.ENDING and block.txn:
+                block.txn.abort()
+                block.txn = None
+            moved = self.writer.exclusive(self._move, action, args)
+
+    def _move(self, action: Action[None], args: Args) -> bool:
         if self.writer.snapshots.open:
             return False  # opened a moment ago
+        action(*args)
+        return True
+
+    def _set_map_size(self, size: int) -> None:
         try:
             self.handle.set_mapsize(size)
         except lmdb.Error:
@@ -341,11 +365,57 @@ class Environment:
             raise
         self._map_size = self.handle.info()["map_size"]
         self._attach(self.handle)
-        return True
+
+    def open_for_writing(self, options: dict[str, Any]) -> None:
+        """Open an environment again that can only read, with `options` for writing."""
+        self._without_snapshots(self._open_for_writing, options)
+
+    def _open_for_writing(self, options: dict[str, Any]) -> None:
+        self.check_files()  # the path can lead to another file by now
+        before = self.options, self._map_size
+        self.options = options
+        self._map_size = max(options["map_size"], self._map_size)
+        self.handle.close()
+        try:
+            self._open()
+            self.files = _files.OpenFiles(self.path, options)
+        except BaseException:
+            self.options, self._map_size = before  # the next read opens it so again
+            raise
 
     def sync(self) -> None:
+        """Make all commits durable; raise if the file is not at its path any more."""
         if not self.options.get("readonly") and self.is_alive():
             self.handle.sync(True)
+            self.check_files()
+
+    def check_files(self) -> None:
+        """Raise `ReplacedError` unless the files are still at their paths."""
+        self.files.check_lock()
+        self.files.check_data()
+
+    def fill_file(self, size: int) -> None:
+        """Extend a data file that had `size` bytes before the last commit, if need be.
+
+        See `_check_length`: so no other program takes the file for a part of it.
+        """
+        if (self.handle.info()["last_pgno"] + 1) * self.page_size > size:
+            with suppress(OSError, lmdb.Error):  # it may be short
+                self._fill_file()
+
+    def _fill_file(self) -> None:
+        size = (self.handle.info()["last_pgno"] + 1) * self.page_size
+        if os.stat(self.files.data).st_size >= size:
+            return
+        txn = self.begin(None, None, True)
+        try:
+            last_page = self.handle.info()["last_pgno"]
+            self.files.extend((last_page + 1) * self.page_size)
+        finally:
+            try:
+                txn.abort()
+            finally:
+                pass
 
     def close(self) -> None:
         """Close the environment for good. Call it with the gate held alone."""

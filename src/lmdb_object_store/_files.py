@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+from contextlib import suppress
 from typing import Any
 
 import lmdb
 
+from ._diagnosis import (
+    damaged_error,
+    data_path,
+    is_data_file,
+    lock_path,
+    opening_error,
+)
 from ._locks import poll
-from .exceptions import DiskError, ReadersFullError
+from ._pages import IS_KNOWN, DataFile
+from .exceptions import DiskError, ReadersFullError, ReplacedError, WrongFileError
 
 Identity = tuple[int, int] | str
 """Tells one data file from another, however its path is spelled."""
@@ -27,23 +37,86 @@ _DEFAULTS: dict[str, Any] = {  # of lmdb.open(), as its documentation gives them
 }
 _OF_A_HANDLE = {"readonly", "map_size", "subdir"}
 _OF_A_NEW_FILE = {"create", "mode", "max_spare_txns"}
+OPTIONS = {*_DEFAULTS, *_OF_A_HANDLE, *_OF_A_NEW_FILE, "lib_version"}
+"""All that lmdb.open() takes beside the path."""
 _PROMISED = {"metasync", "sync", "map_async"}
 """A store that can be written to is promised these, unless it asks for less."""
-
-
-def data_path(path: str, options: dict[str, Any]) -> str:
-    return os.path.join(path, "data.mdb") if options.get("subdir", True) else path
 
 
 def identity_of(file: str) -> Identity | None:
     """Return the identity of `file`, None if there is no such file."""
     try:
-        status = os.stat(file)
+        return _identity(file, os.stat(file))
     except OSError:
         return None
+
+
+def _identity(file: str, status: os.stat_result) -> Identity:
     if status.st_ino:
         return status.st_dev, status.st_ino
     return os.path.normcase(os.path.realpath(file))  # a file system without numbers
+
+
+class OpenFiles:
+    """The data file and the lock file of an environment, as they were when opened."""
+
+    def __init__(self, path: str, options: dict[str, Any]) -> None:
+        self.data = data_path(path, options)
+        self.identity = identity_of(self.data) or object()  # if it is gone
+        self._lock = lock_path(path, options)
+        has_lock = options.get("lock", True)  # a file system can be read-only, too
+        self._lock_identity = identity_of(self._lock) if has_lock else None
+
+    def check_data(self) -> int:
+        """Raise `ReplacedError` unless the path still leads to the data file.
+
+        Returns its bytes. Costs a call of the system.
+        """
+        return self._check(self.data, self.identity)
+
+    def check_lock(self) -> None:
+        """Do the same as `check_data` for the lock file, if there is one.
+
+        Writers without a common lock file would overwrite each other.
+        """
+        if self._lock_identity is None:
+            return
+        try:
+            self._check(self._lock, self._lock_identity)
+        except ReplacedError:
+            self.check_data()  # if that is gone, too, the error names it
+            raise
+
+    def _check(self, file: str, identity: object) -> int:
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._replaced_error(file, "deleted or moved") from None
+        except OSError:
+            return 0  # this user may not look
+        if identity != _identity(file, status):
+            raise self._replaced_error(file, "replaced by another file")
+        return status.st_size
+
+    def _replaced_error(self, file: str, fate: str) -> ReplacedError:
+        kind = "data file" if file == self.data else "lock file"
+        return ReplacedError(
+            f"The {kind} {file!r} was {fate} while it was open. Nothing more can be "
+            "written, as that could be lost or damage the file; pending writes are "
+            "kept. Close the store in all processes, then open it again. Never delete "
+            "or replace the files of a store that is open."
+        )
+
+    def extend(self, size: int) -> None:
+        """Make a shorter data file `size` bytes long. Call it under LMDB's lock.
+
+        Writes the last byte, of a page that nothing was written to: unlike truncate()
+        that can't shorten a file that another process has just made longer.
+        """
+        with open(self.data, "r+b", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size < size:
+                file.seek(size - 1)
+                file.write(b"\0")
 
 
 def open_environment(
@@ -53,6 +126,7 @@ def open_environment(
 
     A new file is on disk then, with the entry of its directory. LMDB wants a free
     reader slot: raises `ReadersFullError` if there is none for `timeout` seconds.
+    Raises as well if the file is cut off, or not of a kind that a store can use.
     """
     env = _open(path, options, timeout)
     try:
@@ -77,16 +151,96 @@ def _has_opened(
     path: str, options: dict[str, Any], opened: list[lmdb.Environment]
 ) -> bool:
     attempts = 0
+    lock = lock_path(path, options)
+    # Of an LMDB file it could be that of a process that opens the file meanwhile.
+    makes_lock = (
+        options.get("lock", True)
+        and not os.path.exists(lock)
+        and not is_data_file(data_path(path, options))
+    )
     while not opened:
         try:
-            opened.append(lmdb.open(path, **options))
+            opened.append(_open_once(path, options))
         except lmdb.ReadersFullError:
             return False
         except lmdb.MapResizedError:  # by another process, at this moment
             attempts += 1
             if attempts == _ATTEMPTS:
                 raise
+        except lmdb.Error as error:
+            better = opening_error(error, path, options)
+            if isinstance(better, WrongFileError) and makes_lock:
+                with suppress(OSError):
+                    os.remove(lock)
+            if better is error:
+                raise
+            raise better from error
     return True
+
+
+def _open_once(path: str, options: dict[str, Any]) -> lmdb.Environment:
+    env = lmdb.open(_encodable(path), **options)
+    try:
+        _check_kind(env, path, options)
+        _check_length(env, path, options)
+    except BaseException:
+        env.close()
+        raise
+    return env
+
+
+def _encodable(path: str) -> str | bytes:
+    """Return `path` as py-lmdb takes it, which refuses str that is no valid Unicode."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
+
+
+def _check_kind(env: lmdb.Environment, path: str, options: dict[str, Any]) -> None:
+    if options.get("writemap") and env.lib_version()[0] >= 1:
+        raise ValueError(
+            "writemap=True can't be used with the LMDB 1.0 engine: a commit that "
+            "frees pages can abort the process (seen with 1.0.2). "
+            f"Open {path!r} without writemap, or make it with lib_version=0."
+        )
+    with env.begin() as txn:
+        main: Any = env.open_db(None, txn)
+        flags = main.flags(txn)
+    if any(flags.values()):
+        names = " and ".join(name for name in flags if flags[name])
+        raise WrongFileError(
+            f"{path!r} was made by another program, with {names} set for its main "
+            "database: it orders keys, or keeps several values under a key, as a store "
+            "doesn't. Copy its entries to a new store by py-lmdb."
+        )
+
+
+def _check_length(env: lmdb.Environment, path: str, options: dict[str, Any]) -> None:
+    """Raise if pages that are in use lie beyond the end of the data file.
+
+    A file may be shorter than its last page: pages that were allocated and freed in one
+    transaction are never written.
+    """
+    file = data_path(path, options)
+    missing: tuple[int, int] | None = None
+    while missing is None:
+        with env.begin() as txn:
+            size = os.stat(file).st_size
+            needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+            if size >= needed or not IS_KNOWN:
+                return
+            with open(file, "rb") as opened:
+                pages = DataFile(opened, env.lib_version()[0])
+                try:
+                    missing = pages.missing_pages(size, txn.id())
+                except (struct.error, RecursionError, ValueError, OSError) as error:
+                    raise damaged_error(file, "its list of free pages") from error
+    count, first = missing
+    if count:
+        problem = f"{count} pages that are in use, from number {first} on"
+        raise damaged_error(file, f"{problem}, are cut off, as by an incomplete copy")
 
 
 def readers_full_error(path: str) -> ReadersFullError:
@@ -131,6 +285,15 @@ def check_shared(path: str, has: dict[str, Any], wanted: dict[str, Any]) -> None
         _check_equal(path, name, has.get(name, _DEFAULTS.get(name)), value)
     if not readonly:
         _check_equal(path, "readonly", bool(has.get("readonly")), False)
+
+
+def writable_options(has: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return the options by which an environment that only reads becomes writable."""
+    refused = {"lock", "readonly", *_PROMISED}
+    options = {name: has[name] for name in has.keys() - refused}
+    options.update({name: wanted[name] for name in wanted.keys() & _PROMISED})
+    options["map_size"] = max(has.get("map_size", 0), wanted.get("map_size", 0))
+    return options
 
 
 def _check_equal(path: str, name: str, has: Any, wanted: Any) -> None:

@@ -285,7 +285,7 @@ class Snapshot(StoreMapping[_K, _V]):
         try:
             return loads(raw) if type(raw) is bytes else raw.load()
         except Exception as error:
-            raise unpickle_error(key, False, error) from error
+            raise unpickle_error(key, raw, False, error) from error
 
     def __contains__(self, key: object) -> bool:
         """Return whether there is a value under `key`."""

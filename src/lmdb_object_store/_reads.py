@@ -88,7 +88,10 @@ class Source:
         gate = self.gate
         found: dict[bytes, Any] = {}
         while count:
-            chunk, raws = gate.read(stored.next_chunk)
+            try:
+                chunk, raws = gate.read(stored.next_chunk)
+            except lmdb.Error as error:
+                raise self.environment.explained(error) from error
             if not chunk:
                 raise self.closed_error()  # a fork has made the pin forget
             count -= len(chunk)
@@ -100,7 +103,7 @@ class Source:
                     if raw is not None:
                         found[key] = unpickle(raw)
             except Exception as error:
-                raise unpickle_error(key, key in pending, error) from error
+                raise unpickle_error(key, raw, key in pending, error) from error
         return found
 
 

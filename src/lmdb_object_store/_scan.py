@@ -104,7 +104,8 @@ class Scan:
                 value = unpickle(raw)
             except Exception as error:
                 stored = codec.encode(key) if codec else key
-                raise unpickle_error(stored, stored in self._buffered, error) from error
+                buffered = stored in self._buffered
+                raise unpickle_error(stored, raw, buffered, error) from error
             yield key, value
 
     def _chunks(self, codec: KeyCodec | None) -> Iterator[list[Any]]:

@@ -308,11 +308,27 @@ class SharedStore(Source):
     # The store objects that use it
 
     def enter(self, handle: Handle, warn: bool, wanted: dict[str, Any]) -> bool:
-        """Let one more object use the store; return False if it is being closed."""
+        """Let one more object use the store; return False if it is being closed.
+
+        An object that writes lets an environment that can only read be opened again.
+        """
         if "closing" not in self.pending.refusals:
+            if self.readonly and not wanted.get("readonly"):
+                self.writer.do(self._open_for_writing, wanted)
             has = {**self.options, "lib_version": self.environment.engine}
             check_shared(self.path, has, wanted)
         return self.users.enter(handle, warn)
+
+    def _open_for_writing(self, wanted: dict[str, Any]) -> None:
+        if not self.readonly:
+            return  # another thread was faster
+        options = writable_options(self.options, wanted)
+        options["lib_version"] = self.environment.engine
+        check_shared(self.path, options, wanted)
+        self.environment.open_for_writing(options)
+        self.options = options
+        self.readonly = False
+        self.pending.allow("readonly")
 
     def await_close(self, deadline: float) -> None:
         """Wait until the store is closed, or stays open as a read kept it from that."""
@@ -424,8 +440,9 @@ class SharedStore(Source):
             count, fate = len(self.pending.entries), "kept for its other stores"
         else:
             count, fate = len(self.pending.lost or self.pending.entries), "lost"
-        text = "%s of %s failed, %d pending writes are %s: %s"
-        log.error(text, action, self.path, count, fate, error, exc_info=error)
+        lost = f"{count} pending writes are {fate}" if count else "nothing was pending"
+        text = "%s of %s failed, %s: %s"
+        log.error(text, action, self.path, lost, error, exc_info=error)
 
     def _warn_unclosed(self) -> None:
         text = f"LmdbObjectStore {self.path!r} was not closed; use `with` or close()."
@@ -452,7 +469,8 @@ class SharedStore(Source):
             if not try_locked(self.writer.lock, _EXIT_PATIENCE, finish):
                 raise BusyError("Another thread is still writing.")
         except Exception as error:
-            if self.pending.entries or not isinstance(error, BusyError):
+            harmless = isinstance(error, BusyError | ReplacedError)
+            if self.pending.entries or not harmless:
                 self._log_failure("Flush at exit", error)
         if any(self.users.handles.values()):
             self._warn_unclosed()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from ._buffer import WriteBuffer
+from ._diagnosis import DAMAGED, damaged_error
 from ._environment import Begin, Environment, Pick
 from ._locks import held_here, locked, poll, try_locked
 from ._reads import Source, pick_none
@@ -24,6 +25,7 @@ _R = TypeVar("_R")
 _T = TypeVar("_T")
 
 _CHUNK_KEYS = 64
+_DAMAGED = (*DAMAGED, lmdb.BadTxnError)  # a transaction that has met damage is bad
 
 
 class SnapshotSource(Source):
@@ -117,7 +119,10 @@ class SnapshotSource(Source):
         if self._get is None or txn is None:
             raise self.closed_error()
         _, picked = pick(lambda *_: txn)
-        return action(txn, picked, *args)
+        try:
+            return action(txn, picked, *args)
+        except _DAMAGED as error:
+            raise damaged_error(self.environment.files.data, str(error)) from error
 
     def _check_locks(self, outer: bool | None) -> None:
         """Raise if waiting for the lock could be a deadlock.
@@ -163,6 +168,8 @@ class SnapshotSource(Source):
                 return get(key)
             self._check_locks(outer)
             return locked(self.pending.lock, self._fetch, key)
+        except _DAMAGED as error:
+            raise damaged_error(self.environment.files.data, str(error)) from error
         finally:
             try:
                 if outer is None:
@@ -209,7 +216,7 @@ class SnapshotSource(Source):
                     if raw is not None:
                         found[key] = load(raw)
             except Exception as error:
-                raise unpickle_error(key, False, error) from error
+                raise unpickle_error(key, raw, False, error) from error
         return found
 
     def _fetch_many(self, txn: Any, _: None, keys: list[bytes]) -> list[Any]:

@@ -265,9 +265,13 @@ class TransactionBlock(Source):
             return environment.read(key, default, exists_only)
         if raw is None:
             return default
+        if exists_only:
+            return True
         if len(raw) >= LARGE:
             gate.large_seen = True
-        return exists_only or unpickle(gate, key, raw, False)
+            raw = None  # unpickle without a copy beside the object
+            return environment.read(key, default)
+        return unpickle(gate, key, raw, False)
 
     # Writes: those of `SharedStore`, but kept for the end of the block
 

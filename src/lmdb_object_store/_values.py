@@ -26,6 +26,7 @@ CHUNK_BYTES = 2**20
 _CHUNK_KEYS = 512
 _CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
 _CONSTANTS += (type, FunctionType, BuiltinFunctionType)
+_PROTOCOL = dumps(None, HIGHEST_PROTOCOL)[:1]  # of all pickles from protocol 2 on
 _Chunk = tuple[list[bytes], list[Any]]  # keys, and their values
 
 # Pickling
@@ -85,12 +86,21 @@ def unpickle(gate: Gate, key: bytes, raw: bytes, buffered: bool = True) -> Any:
     try:
         return gate.user_code(loads, raw)
     except Exception as error:
-        raise unpickle_error(key, buffered, error) from error
+        raise unpickle_error(key, raw, buffered, error) from error
 
 
-def unpickle_error(key: bytes, buffered: bool, error: Exception) -> UnpickleError:
+def unpickle_error(
+    key: bytes, raw: bytes | LargeValue, buffered: bool, error: Exception
+) -> UnpickleError:
     source = "buffered" if buffered else "DB"
-    return UnpickleError(f"Failed to unpickle {source} key {describe(key)}: {error}")
+    text = f"Failed to unpickle {source} key {describe(key)}: {error}"
+    if (raw if isinstance(raw, bytes) else raw.first)[:1] != _PROTOCOL:
+        text = (
+            f"{text.rstrip('.')}. The value is no pickle of this library: another "
+            "program has probably written it. Read it by store.env, as the bytes that "
+            "it is."
+        )
+    return UnpickleError(text)
 
 
 class LargeValue(Pin):
@@ -105,6 +115,7 @@ class LargeValue(Pin):
         super().__init__(txn)
         self._gate = gate
         self._view = view
+        self.first = view[:1].tobytes()
         self._position = 0
         gate.pins.add(self)
 
@@ -170,7 +181,7 @@ class ManyValues(Pin):
         self._views = views  # whether the transaction gives views of the map
         self._keys = keys
         self._next = 0  # where in the keys to go on
-        self._chunk_keys = 64
+        self._chunk_keys = 8  # so as to copy little at once, if values are large
         self._rest: list[_Chunk] = []  # once copied out, the next one last
         gate.pins.add(self)
 
@@ -194,7 +205,7 @@ class ManyValues(Pin):
                 self._chunk_keys = _CHUNK_KEYS
             elif max(sizes) >= LARGE:
                 self._gate.large_seen = True
-                self._chunk_keys = 4  # so as to copy little at once
+                self._chunk_keys = 4
         return keys, values
 
     def _keep(self, txn: Any, view: memoryview) -> bytes | LargeValue:

@@ -254,11 +254,11 @@ class Writer:
         here = self.snapshots.opened_here()
         whose = "one of them by this thread" if here else "for long"
         return SnapshotOpenError(
-            f"The map of {self.path!r} has to move, as it is full or another process "
-            f"has made it larger, but {len(self.snapshots.open)} snapshots are open, "
-            f"{whose}. Close snapshots sooner, or open the store with a larger "
-            "map_size, so that the map need not grow. Pending writes are kept; flush "
-            "again later."
+            f"The map of {self.path!r} has to move, as it is full, another process has "
+            "made it larger, or a store opens the file for writing; but "
+            f"{len(self.snapshots.open)} snapshots are open, {whose}. Close snapshots "
+            "sooner, or open the store with a larger map_size, so that the map need "
+            "not grow. Pending writes are kept; flush again later."
         )
 
     def exclusive(self, action: Action[_R], *args: Any) -> _R:

@@ -40,6 +40,36 @@ class ConflictError(lmdb.Error):
     """
 
 
+class WrongFileError(lmdb.InvalidError, ValueError):
+    """The path has no file that the store can use: of another kind, or another use.
+
+    It is no LMDB file, or one of another engine than ``lib_version`` asks for, a
+    directory instead of a file or the reverse, or has a main database with flags.
+    """
+
+
+class ReplacedError(lmdb.Error):
+    """The data file or the lock file was deleted, moved or replaced while open.
+
+    What would be written could be lost, or damage the file; pending writes are kept.
+    """
+
+
+class CorruptedError(lmdb.CorruptedError):
+    """The data file is damaged, or has been cut off."""
+
+
+class NamedDatabaseError(lmdb.IncompatibleError):
+    """A key is the name of a named database in the file, which another program made.
+
+    The write under that key is refused. A flush has done all others; of a `put_many`
+    and a transaction block nothing is written.
+    """
+
+    keys: frozenset[bytes] = frozenset()
+    """The keys at fault."""
+
+
 class DiskError(lmdb.DiskError):
     """The disk is full or failing; pending writes are kept."""
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, overload
 import lmdb
 
 from ._buffer import ABSENT
+from ._diagnosis import data_path
 from ._environment import StandIn
-from ._files import data_path, identity_of
+from ._files import OPTIONS, identity_of
 from ._keys import ALL, KeyCodec, describe
 from ._mapping import _K, _T, _V, Snapshot, StoreMapping, refuse_single
 from ._reads import ANYTHING, last_key, look_up
@@ -116,6 +117,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     BusyError
         A close of the same file in this process does not end, or this process was
         forked in the middle of an operation that did not end.
+    WrongFileError, CorruptedError
+        The file is of another kind, or is damaged.
     lmdb.Error
         The environment can't be opened.
     """
@@ -696,8 +699,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         """The environment, for calls that the store does not wrap.
 
         ClosedError once the store is closed. After an I/O error another object may
-        take its place. Your own transactions must end before the map grows, which
-        invalidates them, and before a fork: in the child they would end for both.
+        take its place, and after an opening for writing. Your own transactions must
+        end before the map grows, which invalidates them, and before a fork: in the
+        child they would end for both. In a write transaction of your own call no
+        method of the store: other threads flush, and would wait for its end.
         """
         env: lmdb.Environment = self._shared.environment.awake()
         return env
