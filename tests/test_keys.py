@@ -7,7 +7,7 @@ import unicodedata
 import lmdb
 import pytest
 
-from lmdb_object_store import LmdbObjectStore, SizeError
+from lmdb_object_store import ClosedError, LmdbObjectStore, SizeError
 
 TAKES_A_KEY = {
     "get": lambda store, key: store.get(key),
@@ -15,7 +15,6 @@ TAKES_A_KEY = {
     "get_many": lambda store, key: store.get_many([b"pending", key, b"flushed"]),
     "exists": lambda store, key: store.exists(key),
     "exists flush": lambda store, key: store.exists(key, flush=True),
-    "in": lambda store, key: key in store,
     "put": lambda store, key: store.put(key, "new"),
     "[]=": lambda store, key: store.__setitem__(key, "new"),
     "put_many pairs": lambda store, key: store.put_many([(b"new", 1), (key, 1)]),
@@ -88,6 +87,56 @@ def test_put_many_refuses_bad_keys_of_a_mapping(open_store):
         store.put_many({b"new": 1, key: 1})
 
     refuses(open_store(), put_many, None, TypeError, "None")
+
+
+NO_KEYS = [None, 5, 1.5, (b"a",), [], {}, object(), b"", b"k" * 2000, "", "k" * 2000]
+
+
+@pytest.mark.parametrize("flush_first", [True, False])
+def test_what_can_never_be_a_key_is_not_in_the_store(open_store, flush_first):
+    store = open_store(key_encoding="ascii", str_normalize="NFC")
+    store["a"] = 1
+    if flush_first:
+        store.flush()
+    with store.snapshot() as snapshot:
+        for mapping in (store, snapshot, store.keys(), snapshot.keys()):
+            for key in (*NO_KEYS, "é", "\udcff"):
+                assert key not in mapping
+            assert "a" in mapping
+            assert memoryview(b"a") in mapping
+    with store.transaction():
+        assert None not in store
+    store.close()
+    with pytest.raises(ClosedError):
+        None in store  # noqa: B015
+
+
+def test_a_str_without_an_encoding_is_a_mistake_in_the_options(open_store):
+    store = open_store()
+    with store.snapshot() as snapshot:
+        for mapping in (store, snapshot):
+            for key in ("a", "", "k" * 2000):
+                with pytest.raises(TypeError, match="key_encoding="):
+                    key in mapping  # noqa: B015
+            keys = mapping.keys()  # of which set operations ask about anything
+            assert "a" not in keys
+
+
+def test_a_file_name_as_a_key(open_store):
+    store = open_store(key_encoding="utf-8")
+    with pytest.raises(UnicodeEncodeError) as caught:
+        store["name\udcff"] = 1
+    assert r"The key 'name\udcff' can't be stored" in str(caught.value)
+    assert 'key_errors="surrogateescape"' in str(caught.value)
+    store = open_store(key_encoding="utf-8", key_errors="surrogateescape")
+    store["name\udcff"] = 1
+    assert list(store) == ["name\udcff"]
+
+
+def test_the_error_handler_is_not_named_where_another_is_chosen(open_store):
+    store = open_store(key_encoding="ascii", key_errors="surrogateescape")
+    with pytest.raises(UnicodeEncodeError, match=r"The key 'é' can't be stored$"):
+        store["é"] = 1
 
 
 # Limits

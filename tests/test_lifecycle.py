@@ -480,3 +480,10 @@ def test_second_constructor_that_fails_leaves_the_first_alone(open_store):
         open_store(batch_size=0)
     assert store[b"key"] == 1
     store.close(strict=True)
+
+
+def test_a_closed_store_can_not_be_entered(open_store):
+    store = open_store()
+    store.close()
+    with pytest.raises(ClosedError):
+        store.__enter__()

@@ -11,7 +11,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from lmdb_object_store import LmdbObjectStore, ReadOnlyError
+from lmdb_object_store import ClosedError, LmdbObjectStore, ReadOnlyError
+from moments import GETS_ONE, at_call
 
 MIB = 2**20
 
@@ -292,6 +293,90 @@ def test_map_size_below_the_existing_file_is_enlarged(open_store):
     assert len(store[b"l"]) == 4 * MIB
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mapsize", "map_size"),
+        ("read_only", "readonly"),
+        ("key_enc", "key_encoding"),
+        ("flush_intervall", "flush_interval"),
+        ("batchsize", "batch_size"),
+        ("maxreaders", "max_readers"),
+        ("flag", "readonly=True"),
+        ("writeback", r"edit\(\)"),
+    ],
+)
+def test_a_misspelled_option_is_told_with_the_right_one(
+    open_store, tmp_path, name, hint
+):
+    message = rf"There is no option '{name}'\. Did you mean {hint}\?$"
+    with pytest.raises(TypeError, match=message):
+        open_store(**{name: "r"})
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_option_that_is_near_to_none(open_store):
+    with pytest.raises(TypeError, match=r"There is no option 'xyz'\.$"):
+        open_store(xyz=1)
+
+
+@pytest.mark.parametrize("name", ["timeout", "flush_interval"])
+def test_a_time_that_no_float_can_be(open_store, name):
+    with pytest.raises(ValueError, match=f"{name} is larger than a float"):
+        open_store(**{name: 10**400})
+
+
+# Large values
+
+
+def test_a_large_value_that_vanishes_while_it_is_read(open_store):
+    store = open_store()
+    with open_store() as other:
+        other[b"large"] = bytes(2**20)
+
+    def delete_elsewhere():
+        with store.env.begin(write=True) as txn:
+            txn.delete(b"large")
+
+    with at_call("get", delete_elsewhere, GETS_ONE):
+        assert store.get(b"large", "gone") == "gone"
+
+
+PEAK = """
+import sys, tracemalloc
+from lmdb_object_store import LmdbObjectStore
+size = 2**25
+with LmdbObjectStore("db") as store:
+    store.put_many({b"a": bytes(size), b"b": [bytes(size)]})
+store = LmdbObjectStore("db")
+
+def get_in_a_block(key):
+    with store.transaction():
+        return store[key]
+
+reads = {
+    "get": store.get,
+    "block": get_in_a_block,
+    "get_many": lambda key: store.get_many([key]),
+    "items": lambda key: next(iter(store.items(key))),
+}
+tracemalloc.start()
+reads[sys.argv[1]](b"a")
+first = tracemalloc.get_traced_memory()[1]
+tracemalloc.reset_peak()
+reads[sys.argv[1]](b"b")
+print(first / size, tracemalloc.get_traced_memory()[1] / size)
+store.close()
+"""
+
+
+@pytest.mark.parametrize("read", ["get", "block", "items"])
+def test_a_large_value_takes_its_size_once_in_memory(run, read):
+    first, second = map(float, run(PEAK, read).stdout.split())
+    assert first < 1.1
+    assert second < 1.1
+
+
 # Read-only
 
 WRITES = {
@@ -302,7 +387,6 @@ WRITES = {
     "delete": lambda store: store.delete(b"k"),
     "del": lambda store: store.__delitem__(b"k"),
     "del of a missing key": lambda store: store.__delitem__(b"none"),
-    "flush": lambda store: store.flush(),
 }
 
 
@@ -321,6 +405,19 @@ def test_read_only_store_refuses_writes_and_reads_on(open_store, write, batch_si
     assert b"k" in store
     assert store.exists(b"k", flush=True)
     store.close(strict=True)
+
+
+def test_flushing_a_read_only_store_does_nothing(open_store):
+    with open_store() as store:
+        store[b"k"] = 1
+    store = open_store(readonly=True)
+    writer = open_store()  # of the same process
+    writer[b"k"] = 2
+    store.flush()
+    assert writer.write_buffer.keys() == {b"k"}
+    store.close(strict=True)
+    with pytest.raises(ClosedError):
+        store.flush()
 
 
 def test_read_only_store_needs_an_existing_file(open_store, tmp_path):

@@ -71,7 +71,10 @@ class KeyCodec:
 
     def encode(self, key: object) -> bytes:
         """Return the bytes that stand for `key`, or raise if it can't be a key."""
-        raw = self.from_str(key) if isinstance(key, str) else self.encode_bound(key)
+        try:
+            raw = self.from_str(key) if isinstance(key, str) else self.encode_bound(key)
+        except UnicodeEncodeError as error:
+            raise self._encode_error(error) from None
         if 0 < len(raw) <= self.max_size:
             return raw
         if not raw:
@@ -80,6 +83,18 @@ class KeyCodec:
             f"Key is too long: {describe(raw)} has {len(raw)} bytes, and this "
             f"environment takes {self.max_size} at most. Store a hash of it instead."
         )
+
+    def find(self, key: object) -> bytes | None:
+        """Return the bytes of what can be a key, None for everything else.
+
+        TypeError: a str without `encoding`, which is a mistake in the options.
+        """
+        if isinstance(key, str) and self.encoding is None:
+            self._refuse_str(key)
+        try:
+            return self.encode(key)
+        except (TypeError, ValueError):
+            return None
 
     def encode_bound(self, key: object) -> bytes:
         """Return the bytes of a key or of the bound of a key range, of any length."""
@@ -93,6 +108,15 @@ class KeyCodec:
             f"Key must be bytes-like{' or str' if self.encoding else ''}; "
             f"got {type(key).__name__}"
         )
+
+    def _encode_error(self, error: UnicodeEncodeError) -> UnicodeEncodeError:
+        encoding, key, start, end, reason = error.args
+        reason += f". The key {key!r} can't be stored"
+        if self.errors == "strict":
+            reason += (
+                '. For file names open the store with key_errors="surrogateescape"'
+            )
+        return UnicodeEncodeError(encoding, key, start, end, reason)
 
     def name(self, raw: bytes) -> bytes | str:
         """Return the key that `encode` turns into `raw`: a text if there is one."""

@@ -289,7 +289,8 @@ class Snapshot(StoreMapping[_K, _V]):
 
     def __contains__(self, key: object) -> bool:
         """Return whether there is a value under `key`."""
-        return self._open_source.fetch(self._codec.encode(key)) is not None
+        raw = self._codec.find(key)
+        return raw is not None and self._open_source.fetch(raw) is not None
 
     @property
     def closed(self) -> bool:

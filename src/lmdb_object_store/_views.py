@@ -58,11 +58,11 @@ class _RangeView(MappingView):
 
     def _encode(self, key: object) -> bytes | None:
         """Return the bytes of a key of this range, None for everything else."""
-        try:
-            raw = self._store._codec.encode(key)
-        except (TypeError, ValueError):
+        codec = self._store._codec
+        if isinstance(key, str) and codec.encoding is None:
             return None  # a set operation may ask about anything
-        return raw if self.range.holds(raw) else None
+        raw = codec.find(key)
+        return raw if raw is not None and self.range.holds(raw) else None
 
     def _scan(self, reverse: bool, values: bool = True) -> Scan:
         source = self._store._reading()

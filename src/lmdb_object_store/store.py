@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 _State = tuple[dict[str, Any], "int | None", float]
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
 _TIMEOUT = 60.0
+_FLUSH_INTERVAL = 1.0
+_ALIASES = {"flag": "readonly=True", "writeback": "edit()"}  # of shelve.open
 _ATTEMPTS = 100  # of popitem at an entry that is the last one all the time
 
 
@@ -145,9 +148,12 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self.batch_bytes = batch_bytes
         self.autoflush_on_read = bool(autoflush_on_read)
         codec = KeyCodec(key_encoding, key_errors, str_normalize)
-        path = os.path.abspath(os.fsdecode(db_path))
+        path = _checked_path(db_path)
+        _check_names(lmdb_kwargs)
         map_size = lmdb_kwargs.get("map_size", 0)
         _check_int("map_size", map_size, 0)
+        if map_size > sys.maxsize:
+            raise ValueError(f"map_size: {map_size} bytes exceed the address space")
         if max_map_size is not None:
             _check_int("max_map_size", max_map_size, map_size or 1)
             lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
@@ -260,9 +266,15 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         return source.read(encoded, False, True) is True
 
     def __contains__(self, key: Any) -> bool:
-        """Return whether there is a value under `key`. Never flushes."""
+        """Return whether there is a value under `key`. Never flushes.
+
+        False for all that can't be a key. TypeError: a str without `key_encoding`.
+        """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
-            key = self._codec.encode(key)
+            key = self._codec.find(key)
+            if key is None:
+                self._check_open()
+                return False
         source: Any = self._shared
         pending = self._pending
         if pending.block is not None:
@@ -615,9 +627,13 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         Durable when it returns, unless the store was opened with ``sync=False``,
         ``metasync=False`` or ``map_async=True``. If it raises, as `put` does, all of
         them are still pending, and the next flush can succeed. (Where the map is at
-        `max_map_size`, deletions are committed first, by themselves.)
+        `max_map_size`, deletions are committed first, by themselves.) Does nothing for
+        a store opened with ``readonly=True``.
         """
-        self._target().flush()
+        if self._readonly:
+            self._check_open()
+        else:
+            self._target().flush()
 
     def close(self, *, strict: bool = False) -> None:
         """Flush, wait for reads in the database to end, sync and close.
@@ -661,6 +677,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         return self._shared.closed
 
     def __enter__(self) -> Self:
+        """Return the store; ClosedError if it is closed."""
+        self._check_open()
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
@@ -797,6 +815,27 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     def _pickled(self, key: bytes, obj: object) -> bytes:
         return pickled(key, obj, self._pending.max_value, self.max_map_size)
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    text = os.fsdecode(path)
+    if text in ("", ":memory:"):
+        raise ValueError(
+            f"db_path must name a directory or a file, not {text!r}. Stores are kept "
+            "on disk; tempfile.TemporaryDirectory() makes a place for one program run."
+        )
+    return os.path.abspath(text)
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    for name in sorted(options.keys() - OPTIONS):
+        from difflib import get_close_matches  # takes long to import
+
+        own = LmdbObjectStore.__init__.__kwdefaults__ or ()
+        known = {*OPTIONS, "batch_size", *own}
+        near = get_close_matches(name, {*known, *_ALIASES}, 1, 0.5)
+        hints = [f" Did you mean {_ALIASES.get(hint, hint)}?" for hint in near]
+        raise TypeError(f"There is no option {name!r}.{''.join(hints)}")
 
 
 def _check_int(name: str, value: object, minimum: int) -> None:
