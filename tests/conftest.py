@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+needs_sigterm = pytest.mark.skipif(
+    os.name == "nt", reason="Windows has no SIGTERM to send"
+)
 
 THOROUGH = False
 """Whether to try all moments and to repeat often."""
@@ -85,10 +89,14 @@ def _frozen() -> None:
 
 @pytest.fixture
 def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, Any]]]:
-    """Open stores in a folder of the test's own; they are closed after it."""
+    """Open stores in a folder of the test's own; they are closed after it.
+
+    Nothing is flushed by itself, unless the test says so.
+    """
     opened: list[LmdbObjectStore[Any, Any]] = []
 
     def open_one(name: str = "db", **options: Any) -> LmdbObjectStore[Any, Any]:
+        options.setdefault("flush_interval", None)
         store: LmdbObjectStore[Any, Any] = LmdbObjectStore(tmp_path / name, **options)
         opened.append(store)
         return store
@@ -249,6 +257,15 @@ def wait_until_idle_in(function: str, thread: int) -> None:
             return
         pause.wait(0.005)
     raise AssertionError(f"the thread never waited in {function}()")
+
+
+def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Return once `condition` holds."""
+    pause = threading.Event()
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, "it never came so far"
+        pause.wait(0.01)
 
 
 def run_all(*actions: Callable[[], Any]) -> list[Any]:

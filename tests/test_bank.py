@@ -30,6 +30,7 @@ FOREVER = 10**9
 KILLS = times(4, thorough=12)
 STEP = 2**18  # by which the map grows, again and again
 OPTIONS = {"key_encoding": "utf-8", "map_size": STEP, "max_map_size": STEP}
+OPTIONS["flush_interval"] = 0.001  # seconds, so that these flushes come in everywhere
 
 
 # What a process does

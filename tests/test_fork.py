@@ -35,7 +35,7 @@ pytestmark = [
 # For scripts that run by themselves.
 FORK = """
 import gc, os, signal, subprocess, sys, threading
-from lmdb_object_store import BusyError, ClosedError, LmdbObjectStore
+from lmdb_object_store import BusyError, ClosedError, LmdbObjectStore, LostWritesError
 
 def open_store(**options):
     return LmdbObjectStore("db", key_encoding="utf-8", **options)
@@ -51,7 +51,7 @@ def wait_for(child):
 """
 
 PENDING = f"""{FORK}
-store = open_store()
+store = open_store(flush_interval=None)  # or the fork would flush
 store.put_many({{"flushed": 0}})
 store["pending"] = 1
 
@@ -242,7 +242,12 @@ def child():
 
 assert wait_for(child) == 0
 assert store["pending"] == 1
-store.close(strict=True)
+try:
+    store.close(strict=True)
+except LostWritesError:
+    assert store.write_buffer.keys() == {{b"pending"}}
+else:
+    raise AssertionError
 """
     run(script)
 

@@ -265,6 +265,7 @@ class StoreAsDict(RuleBasedStateMachine):
             "key_encoding": "utf-8",
             "str_normalize": FORM,
             "sync": False,
+            "flush_interval": None,
         }
         self.open()
         if "stored" in snapshot_before:

@@ -397,7 +397,7 @@ def test_nobody_sees_half_a_put_many(open_store, hasty):
 
 
 def test_many_threads_agree_with_a_dict_of_their_own(open_store, hasty):
-    store = open_store(map_size=2**16, batch_size=7)
+    store = open_store(map_size=2**16, batch_size=7, flush_interval=0.001)
 
     def work(name):
         dice = random.Random(name)
@@ -448,7 +448,8 @@ def test_close_among_busy_threads_loses_nothing_it_accepted(
 ):
     for turn in range(8):
         name = f"{batch_size} {turn}"
-        store = open_store(name, batch_size=batch_size, map_size=2**18, sync=False)
+        options = {"map_size": 2**18, "sync": False, "flush_interval": 0.001}
+        store = open_store(name, batch_size=batch_size, **options)
         store.put_many({b"small": 1, b"large": LARGE})
         begun = threading.Barrier(6)
 

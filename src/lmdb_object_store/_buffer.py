@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from itertools import islice
 from threading import RLock
@@ -60,9 +60,11 @@ class WriteBuffer:
         self.removals = 0  # how often keys were taken out
         self.max_value = MAX_VALUE  # bytes of the largest value that can be written
         self.block: OpenBlock | None = None  # also while it begins and ends
-        # Why a put may not just buffer: "readonly", "transaction", "closing", "exiting"
+        # Why a put may not just buffer: "readonly", "transaction", "closing",
+        # "exiting", and "unwatched": the flusher has to be told of the first write.
         self.refusals = set(refusals)
         self.accepts = not refusals
+        self.watch: Callable[[], bool] = bool  # tells the flusher, if that runs
         self.lost: Batch = {}  # the entries that a failed close has left
 
     @under_lock
@@ -74,6 +76,19 @@ class WriteBuffer:
     def allow(self, reason: str) -> None:
         self.refusals.discard(reason)
         self.accepts = not self.refusals
+
+    def watch_first(self) -> None:
+        """Have the write that comes next flushed in time. Under the lock."""
+        if "unwatched" in self.refusals and self.watch():
+            self.allow("unwatched")
+
+    @under_lock
+    def unwatch(self) -> bool:
+        """Let the flusher forget the buffer unless something is pending."""
+        if self.entries:
+            return False
+        self.refuse("unwatched")
+        return True
 
     def is_full(self, limits: Limits, count: int, size: int) -> bool:
         """Return whether `count` more keys and `size` more bytes make a batch full."""
@@ -105,6 +120,8 @@ class WriteBuffer:
 
     @under_lock
     def add(self, key: bytes, raw: bytes | None, size: int) -> None:
+        if not self.accepts:
+            self.watch_first()
         self.entries[key] = raw
         self.size += size
 
@@ -116,6 +133,8 @@ class WriteBuffer:
 
         A write `inside` another operation of its thread can't wait for a block.
         """
+        if not self.accepts:
+            self.watch_first()
         if "closing" in self.refusals or not (inside or self.block is block):
             return False
         self.entries[key] = raw
@@ -125,6 +144,8 @@ class WriteBuffer:
     @under_lock
     def swap(self, key: bytes, pending: Any, raw: bytes | None, size: int) -> bool:
         """Buffer a write if `pending`, or nothing (ABSENT), still is under the key."""
+        if not self.accepts:
+            self.watch_first()
         # From the comparison to the end there is no call (see `put`), nor a jump,
         # where 3.10 could call a signal handler as well.
         if pending is ABSENT:
@@ -144,6 +165,8 @@ class WriteBuffer:
 
         Not if the key, or a later one, was put since `pending` was copied.
         """
+        if not self.accepts:
+            self.watch_first()
         for _ in range(_ATTEMPTS):
             if self.entries == pending:  # as in `swap`
                 self.entries[key] = None

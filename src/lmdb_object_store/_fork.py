@@ -14,6 +14,7 @@ from functools import partial
 from threading import RLock, get_ident
 from typing import Any, Protocol
 
+from ._flusher import flusher
 from ._gate import SLICE, Gate
 from ._locks import held_here, locked, poll
 
@@ -81,8 +82,12 @@ def _before_fork(registry: _Registry) -> None:
     # If a signal handler forks in the midst of an operation, that won't go on.
     known = registry.participants()
     stores = [one for one in known if not one.writer.interrupted_here()]
+    # Before others wait for the fork. A flush might wait for what is interrupted.
+    began = time.monotonic()
+    flusher.rest(_PATIENCE, len(stores) == len(known))
     forking = get_ident()
-    if not poll(partial(_all_rest, stores), _PATIENCE, 0):
+    left = began + _PATIENCE - time.monotonic()
+    if not poll(partial(_all_rest, stores), left, 0):
         _pause(stores)
 
 
@@ -129,6 +134,7 @@ def _after_in_parent(registry: _Registry) -> None:
     forking = None
     with suppress(RuntimeError):  # it was not acquired
         registry.lock.release()
+    flusher.resume()
     _lock.release()
 
 
@@ -140,6 +146,7 @@ def _after_in_child(registry: _Registry) -> None:
     forking = None
     _lock = RLock()
     registry.reset_in_child()
+    flusher.reset_in_child()
     _paused.clear()
     for one in [one for one in registry.participants() if not one.unsound]:
         try:

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple, Protocol
 from . import _fork
 from ._buffer import WriteBuffer
 from ._files import SLOT_PAUSE, identity_of, readers_full_error
+from ._flusher import flusher
 from ._locks import locked, poll, under_lock
 from ._writer import warn_elsewhere
 from .exceptions import BusyError, ReadersFullError
+
+_PATIENCE = 1.0  # seconds that the end of the process waits for the flusher's
 
 
 class Handle:
@@ -210,6 +213,7 @@ class Registry:
         """Flush all stores, as the process is about to end."""
         self._exiting = True
         with ExitStack() as stack:  # calls all of them, even if one raises
+            stack.callback(flusher.rest, _PATIENCE, False)
             for store in self.participants():
                 stack.callback(store.flush_at_exit)
 

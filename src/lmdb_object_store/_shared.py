@@ -20,6 +20,7 @@ to wait for the call that it interrupted.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Collection
@@ -31,15 +32,17 @@ from typing import Any, TypeVar, cast
 from ._buffer import ABSENT, Batch, Limits, State, WriteBuffer, size_of
 from ._commit import Committer
 from ._environment import MUTEX_KNOWS_ITS_OWNER, UNSOUND, Environment, Pick
-from ._files import check_shared
+from ._files import check_shared, writable_options
+from ._flusher import flusher
 from ._keys import KeyRange
 from ._locks import Action, poll, try_locked
 from ._reads import Source, is_as_expected, is_stored, last_key_of, pick_all, pick_views
 from ._registry import Handle, Ref, Users
 from ._snapshot import SnapshotSource
+from ._timed_flush import TimedFlush
 from ._transaction import TransactionBlock
 from ._writer import Writer, as_writer, log
-from .exceptions import BusyError, GrowthError
+from .exceptions import BusyError, GrowthError, NamedDatabaseError, ReplacedError
 
 _R = TypeVar("_R")
 
@@ -51,7 +54,12 @@ class SharedStore(Source):
     """An open data file, shared by all threads and store objects of this process."""
 
     def __init__(
-        self, path: str, options: dict[str, Any], cap: int | None, timeout: float
+        self,
+        path: str,
+        options: dict[str, Any],
+        cap: int | None,
+        timeout: float,
+        flush_interval: float | None,
     ) -> None:
         self.path = path
         self.options = options
@@ -67,6 +75,7 @@ class SharedStore(Source):
         self.at_rest = False  # whether, at a fork, no call of LMDB is running
         self.unsound = False  # in a child: whether it can never be used or closed
         self.max_map_size = cap
+        self.timed = TimedFlush(self.environment, self.flush_hurried, flush_interval)
 
     # Options of all its users
 
@@ -241,26 +250,23 @@ class SharedStore(Source):
 
     def flush_for_read(self) -> None:
         """Persist the pending writes, unless that would wait or has just failed."""
-        if (
-            self.writer.thread is not None
-            or self.pending.block is not None
-            or "closing" in self.pending.refusals
-            or self.writer.interrupted_here()
-            or time.monotonic() < self._read_flush_due
-        ):
+        if self.writer.would_wait() or time.monotonic() < self._read_flush_due:
             return
         try:
-            self._flush_hurried()
+            self.flush_hurried()
         except Exception:
             self._read_flush_due = time.monotonic() + _READ_FLUSH_PAUSE
             text = "A read could not flush the pending writes of %s; they are kept"
             log.error(text, self.path, exc_info=True)
 
     @as_writer
-    def _flush_hurried(self) -> None:
+    def flush_hurried(self) -> None:
+        """Flush, unless that has to wait for a snapshot."""
         self.writer.hurried = True
         try:
             self.committer.flush()
+        except NamedDatabaseError as error:
+            self.writer.log_later(logging.ERROR, str(error))  # all else is flushed
         finally:
             try:
                 self.writer.hurried = False
@@ -408,6 +414,7 @@ class SharedStore(Source):
             self.environment.sync()
 
     def _close(self) -> None:
+        flusher.forget(self.timed)
         try:
             self.environment.close()
         finally:
@@ -466,7 +473,10 @@ class SharedStore(Source):
             if block is not None and block.is_here():
                 block.finish()  # its generator was never closed, say
             finish = partial(self.writer.do, self._finish)
-            if not try_locked(self.writer.lock, _EXIT_PATIENCE, finish):
+            # The flusher ends, though another process may hold it up.
+            flushes = flusher.is_flusher(self.writer.thread)
+            patience = -1 if flushes else _EXIT_PATIENCE
+            if not try_locked(self.writer.lock, patience, finish):
                 raise BusyError("Another thread is still writing.")
         except Exception as error:
             harmless = isinstance(error, BusyError | ReplacedError)
@@ -509,6 +519,7 @@ class SharedStore(Source):
         self.pending.reset_in_child()
         self.writer.reset_in_child()
         self.users.handles = dict.fromkeys(self.users.handles, False)  # warn of none
+        self.timed.interval = self.timed.interval
 
     def give_up(self) -> None:
         """Close for good in a child that can't even close what it has inherited."""

@@ -119,6 +119,15 @@ class Writer:
         """Return whether a thread may call LMDB to write, and waits for no snapshot."""
         return self.thread is not None and not self.snapshots.growth_waits
 
+    def would_wait(self) -> bool:
+        """Return whether a flush would have to wait for others."""
+        return (
+            self.thread is not None
+            or self.buffer.block is not None
+            or "closing" in self.buffer.refusals
+            or self.interrupted_here()
+        )
+
     def do(self, action: Action[_R], *args: Any) -> _R:
         """Call `action` under the write lock; it must not run user code."""
         if self.interrupted_here():

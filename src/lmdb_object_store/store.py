@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     _Pairs = SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]
 
-_State = tuple[dict[str, Any], "int | None", float]
+_State = tuple[dict[str, Any], "int | None", float, "float | None"]
 _DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
 _TIMEOUT = 60.0
 _FLUSH_INTERVAL = 1.0
@@ -66,9 +66,9 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     can run any code.
 
     Writes are buffered and reach the disk in one transaction when `batch_size` or
-    `batch_bytes` is reached, at `flush`, at `close`, and before reads that have to go
-    to the database (`autoflush_on_read`). Reads always see the writes of this process.
-    The map grows by itself.
+    `batch_bytes` is reached, after `flush_interval` seconds, at `flush`, at `close`,
+    and before reads that have to go to the database (`autoflush_on_read`). Reads always
+    see the writes of this process. The map grows by itself.
 
     Any number of threads may use one store, and so may code that runs inside its
     operations: pickling hooks, finalizers, signal handlers. All stores that a process
@@ -103,6 +103,11 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         opening for the end of a close in this process; writes for another thread's
         transaction block. A wait of more than a second is logged. LMDB's own lock,
         which a writer in another process holds, is waited for without a limit.
+    flush_interval : float, optional
+        Seconds, > 0, after which pending writes are flushed by a thread in the
+        background; None leaves that to the other occasions. A process that is killed
+        loses no older write, and other processes see all others. A flush that fails
+        there is logged, and tried again after pauses that double up to a minute.
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
@@ -140,6 +145,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         batch_bytes: int = 64 * 2**20,
         max_map_size: int | None = None,
         timeout: float = _TIMEOUT,
+        flush_interval: float | None = _FLUSH_INTERVAL,
         **lmdb_kwargs: Any,
     ) -> None:
         self._readonly = bool(lmdb_kwargs.get("readonly"))
@@ -158,6 +164,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             _check_int("max_map_size", max_map_size, map_size or 1)
             lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
         _check_timeout(timeout)
+        _check_interval(flush_interval)
         if not lmdb_kwargs.get("lock", True) and not lmdb_kwargs.get("readonly"):
             raise ValueError(
                 "lock=False needs readonly=True: without its locks LMDB writes over "
@@ -169,16 +176,22 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             )
         super().__init__(path, codec)
         self._options = lmdb_kwargs
-        self._open(max_map_size, timeout, True)
+        self._open(max_map_size, timeout, flush_interval, True)
 
-    def _open(self, cap: int | None, timeout: float, explicit: bool) -> None:
+    def _open(
+        self,
+        cap: int | None,
+        timeout: float,
+        flush_interval: float | None,
+        explicit: bool,
+    ) -> None:
         """Use the file's environment, and open it if no store of this process has.
 
         An `explicit` opening has to be closed, and sets options of the environment.
         """
         path, options = self._path, self._options
         self._handle = Handle()
-        make = partial(SharedStore, path, options, cap, timeout)
+        make = partial(SharedStore, path, options, cap, timeout, flush_interval)
         file = data_path(path, options)
         opening = Opening(file, make, self._handle, explicit, options, timeout)
         self._shared: SharedStore = registry.share(opening)
@@ -191,6 +204,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             shared.max_map_size = cap
         if explicit and timeout != _TIMEOUT:
             shared.timeout = timeout
+        if explicit and flush_interval != _FLUSH_INTERVAL:
+            shared.timed.interval = flush_interval
 
     def __getstate__(self) -> _State:
         """Flush, and return the path and the options. Raises as `flush` does."""
@@ -199,18 +214,18 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             self._source().flush()
         state = {**vars(self), "_options": {**self._options, "create": False}}
         del state["_shared"], state["_pending"], state["_handle"]
-        return state, self.max_map_size, self.timeout
+        return state, self.max_map_size, self.timeout, self.flush_interval
 
     def __setstate__(self, state: _State) -> None:
         """Open or share the same file; ClosedError if there is none."""
-        attributes, max_map_size, timeout = state
+        attributes, max_map_size, timeout, flush_interval = state
         vars(self).update(attributes)
         file = data_path(self._path, self._options)
         if identity_of(file) is None:
             raise ClosedError(
                 f"The store at {self._path!r} can't be opened here: there is no {file}."
             )
-        self._open(max_map_size, timeout, False)
+        self._open(max_map_size, timeout, flush_interval, False)
 
     # Reads
 
@@ -665,6 +680,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             max_map_size=shared.max_map_size,
             max_value=shared.pending.max_value,
             timeout=shared.timeout,
+            timed=shared.timed,
         )
         self._pending = self._shared = stand_in  # at once: no call in between
         shared.gate.stop_iterators(shared, self)
@@ -775,6 +791,16 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         _check_timeout(value)
         self._shared.timeout = value
 
+    @property
+    def flush_interval(self) -> float | None:
+        """Seconds after which pending writes are flushed by themselves, or None."""
+        return self._shared.timed.interval
+
+    @flush_interval.setter
+    def flush_interval(self, value: float | None) -> None:
+        _check_interval(value)
+        self._shared.timed.interval = value
+
     # Helpers
 
     def _source(self) -> SharedStore | TransactionBlock:
@@ -846,7 +872,22 @@ def _check_int(name: str, value: object, minimum: int) -> None:
 
 
 def _check_timeout(value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"timeout must be a number, not {type(value).__name__}")
-    if not value >= 0:
+    if not _number("timeout", value) >= 0:
         raise ValueError(f"timeout must not be negative or NaN, not {value}")
+
+
+def _check_interval(value: object) -> None:
+    if value is not None and not _number("flush_interval", value) > 0:
+        raise ValueError(
+            f"flush_interval must be more than 0, or None, not {value}. To write "
+            "each value at once, use batch_size=1."
+        )
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is larger than a float can be") from None
