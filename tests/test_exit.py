@@ -1,11 +1,13 @@
 """What is pending when an interpreter, a thread or a child process ends."""
 
 import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
-from conftest import needs_fork
+from conftest import PATIENCE, eventually, needs_fork, needs_sigterm
 
 METHODS = ["spawn"] if os.name == "nt" else ["fork", "spawn", "forkserver"]
 
@@ -93,6 +95,40 @@ def test_exit_with_a_read_only_store(run, stored):
     result = run(script)
     assert "was not closed" in result.stderr
     assert "lost" not in result.stderr
+
+
+SIGNALLED_AT_EXIT = """
+import multiprocessing, os, signal, sys
+from lmdb_object_store import LmdbObjectStore
+from moments import is_method
+
+def terminate(frame, event, function):
+    if event == "c_call" and is_method(function, "putmulti"):
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def work():
+    global stores
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stores = [LmdbObjectStore(name, flush_interval=None) for name in "012"]
+    for store in stores:
+        store[b"key"] = 1
+    sys.setprofile(terminate)  # at the first commit, which is that at exit
+
+if sys.argv[1:] == ["main"]:
+    work()
+elif __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    process.start()
+    process.join()
+"""
+
+
+@needs_sigterm
+@pytest.mark.parametrize("where", ["main", *METHODS])
+def test_a_signal_during_the_exit_flush_loses_nothing(run, stored, where):
+    assert "lost" not in run(SIGNALLED_AT_EXIT, where).stderr
+    assert [stored(name) for name in "012"] == [{"key": 1}] * 3
 
 
 @pytest.mark.parametrize(
@@ -252,44 +288,75 @@ while len(store.write_buffer) < store.batch_size:
     assert stored() == {"flushed": 0}
 
 
-# Children of multiprocessing
+# Children of multiprocessing, and of billiard, which Celery uses
 
+packages = pytest.mark.parametrize("package", ["multiprocessing", "billiard"])
+
+# Without an interval nothing but the end of the child flushes.
 CHILD = """
-import multiprocessing, sys
+import importlib, sys
 from lmdb_object_store import LmdbObjectStore
 
 def work():
     global store  # else it would be flushed at the end of this function
-    store = LmdbObjectStore("db")
-    store[b"key"] = 1
-    exec(sys.argv[2], globals())
+    store = LmdbObjectStore("db", flush_interval=None)
+    for n in range(100):
+        store[b"%d" % n] = n
+    exec(sys.argv[3], globals())
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    package = importlib.import_module(sys.argv[1])
+    process = package.get_context(sys.argv[2]).Process(target=work)
     process.start()
     process.join()
     print(process.exitcode)
 """
+PUT_BY_CHILD = {f"{n}": n for n in range(100)}
 
 
+@packages
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("end", "exitcode"), [("", 0), ("1 / 0", 1), ("sys.exit(3)", 3)]
 )
-def test_child_that_does_not_close(run, stored, method, end, exitcode):
-    result = run(CHILD, method, end)
+def test_child_that_does_not_close(run, stored, package, method, end, exitcode):
+    result = run(CHILD, package, method, end)
     assert result.stdout == f"{exitcode}\n"
     assert "db' was not closed" in result.stderr
-    assert stored() == {"key": 1}
+    assert stored() == PUT_BY_CHILD
 
 
 @needs_fork
-def test_forked_child_that_imports_the_library_itself(run, stored):
+@packages
+def test_forked_child_that_imports_the_library_itself(run, stored, package):
     imports = "from lmdb_object_store import LmdbObjectStore\n"
     script = CHILD.replace(imports, "")
     script = script.replace("    global", f"    {imports}    global")
-    assert "db' was not closed" in run(script, "fork", "").stderr
-    assert stored() == {"key": 1}
+    assert "db' was not closed" in run(script, package, "fork", "").stderr
+    assert stored() == PUT_BY_CHILD
+
+
+@needs_fork
+@packages
+def test_forked_child_that_writes_to_the_store_of_its_parent(run, stored, package):
+    script = """
+import importlib, sys
+from lmdb_object_store import LmdbObjectStore
+
+def work():
+    for n in range(100):
+        store[b"%d" % n] = n
+
+store = LmdbObjectStore("db", flush_interval=None)
+package = importlib.import_module(sys.argv[1])  # now only
+process = package.get_context("fork").Process(target=work)
+process.start()
+process.join()
+assert process.exitcode == 0
+store.close()
+"""
+    run(script, package)
+    assert stored() == PUT_BY_CHILD
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,29 +368,31 @@ def put():
     store[b"late"] = 2
 threading.Thread(target=put).start()
 """
-    run(CHILD, method, end)
-    assert stored() == {"key": 1, "late": 2}
+    run(CHILD, "multiprocessing", method, end)
+    assert stored() == {**PUT_BY_CHILD, "late": 2}
 
 
+@packages
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "fork"])
-def test_store_opened_by_import_in_a_child(run, stored, method):
+def test_store_opened_by_import_in_a_child(run, stored, package, method):
     # Such a child imports the main module before it is told what it is.
     script = """
-import multiprocessing, sys
+import importlib, sys
 from lmdb_object_store import LmdbObjectStore
 
 if __name__ != "__main__":
-    store = LmdbObjectStore("db")
+    store = LmdbObjectStore("db", flush_interval=None)
 
 def work():
     store[b"key"] = 1
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    package = importlib.import_module(sys.argv[1])
+    process = package.get_context(sys.argv[2]).Process(target=work)
     process.start()
     process.join()
 """
-    assert "db' was not closed" in run(script, method).stderr
+    assert "db' was not closed" in run(script, package, method).stderr
     assert stored() == {"key": 1}
 
 
@@ -378,7 +447,7 @@ if __name__ == "__main__":
 
 
 GRANDCHILD = """
-import multiprocessing, sys
+import importlib, sys
 from lmdb_object_store import LmdbObjectStore
 
 def write():
@@ -386,14 +455,17 @@ def write():
 
 def work():
     global store
-    store = LmdbObjectStore("db", key_encoding="utf-8")
-    process = multiprocessing.get_context("fork").Process(target=write)
+    store = LmdbObjectStore("db", key_encoding="utf-8", flush_interval=None)
+    package = importlib.import_module(sys.argv[3])
+    process = package.get_context("fork").Process(target=write)
     process.start()
     process.join()
+    assert process.exitcode == 0
     store.close()
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    package = importlib.import_module(sys.argv[1])
+    process = package.get_context(sys.argv[2]).Process(target=work)
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -401,10 +473,141 @@ if __name__ == "__main__":
 
 
 @needs_fork
-@pytest.mark.parametrize("method", METHODS)
-def test_child_of_a_child_that_does_not_close(run, stored, method):
-    run(GRANDCHILD, method)
+@pytest.mark.parametrize(
+    ("outer", "method", "inner"),
+    [
+        *(("multiprocessing", method, "multiprocessing") for method in METHODS),
+        ("multiprocessing", "fork", "billiard"),
+        ("billiard", "fork", "multiprocessing"),
+        ("billiard", "fork", "billiard"),
+    ],
+)
+def test_child_of_a_child_that_does_not_close(run, stored, outer, method, inner):
+    run(GRANDCHILD, outer, method, inner)
     assert stored() == {"grandchild": 1}
+
+
+# As Celery does at the end of its workers. See test_servers.py for the real one.
+STAND_IN = """
+import os, sys, types
+from lmdb_object_store import LmdbObjectStore
+
+class Signal:
+    def __init__(self):
+        self.receivers = []
+
+    def connect(self, receiver, weak=True):
+        assert not weak
+        self.receivers.append(receiver)
+
+    def send(self, sender, **named):
+        for receiver in self.receivers:
+            receiver(signal=self, sender=sender, **named)
+
+signals = sys.modules["celery.signals"] = types.ModuleType("celery.signals")
+"""
+IMPORT = "signals.worker_process_shutdown = Signal()"
+OPEN_ONE = "store = LmdbObjectStore('db', flush_interval=None)"
+FORK = "if pid := os.fork(): sys.exit(os.waitpid(pid, 0)[1])"
+WORK = """
+for n in range(100):
+    store[b"%d" % n] = n
+LmdbObjectStore("other").close()
+assert len(signals.worker_process_shutdown.receivers) == 1
+signals.worker_process_shutdown.send("worker", pid=os.getpid(), exitcode=0)
+store[b"late"] = "late"
+os._exit(0)
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [IMPORT, OPEN_ONE, FORK],
+        [OPEN_ONE, IMPORT, FORK],
+        [IMPORT, FORK, OPEN_ONE],
+        [FORK, IMPORT, OPEN_ONE],
+    ],
+    ids=[
+        "import open fork",
+        "open import fork",
+        "import fork open",
+        "fork import open",
+    ],
+)
+def test_worker_of_celery_that_does_not_close(run, stored, steps):
+    assert "lost" not in run(STAND_IN + "\n".join(steps) + WORK).stderr
+    assert stored() == {**PUT_BY_CHILD, "late": "late"}
+
+
+# Processes that end without a word
+
+
+def test_os_exit_loses_nothing_that_other_processes_see(tmp_path, open_store, stored):
+    script = """
+import os, sys
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db")
+for n in range(100):
+    store[b"%d" % n] = n
+sys.stdin.readline()
+os._exit(0)  # as many a worker of a server
+"""
+    store = open_store()
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE) as child:
+        eventually(lambda: len(store) == 100)
+        child.communicate(b"\n", timeout=PATIENCE)
+    store.close()
+    assert stored() == {f"{n}": n for n in range(100)}
+
+
+TERMINATED = """
+import signal, sys, threading
+from lmdb_object_store import LmdbObjectStore
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+store = LmdbObjectStore("db", flush_interval=None)
+for n in range(100):
+    store[b"%d" % n] = n
+print("put", flush=True)
+idle = threading.Event()
+while True:
+    idle.wait(0.05)  # not for ever: the signal may have come just before
+"""
+
+
+@needs_sigterm
+def test_sigterm_that_ends_the_interpreter_loses_nothing(tmp_path, stored):
+    command = [sys.executable, "-c", TERMINATED]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as service:
+        assert service.stdout.readline() == b"put\n"
+        service.terminate()
+        assert service.wait(PATIENCE) == 143
+    assert stored() == {f"{n}": n for n in range(100)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_of_a_pool_that_is_closed_lose_nothing(run, stored, method):
+    script = """
+import multiprocessing, sys
+from lmdb_object_store import LmdbObjectStore
+
+def open_store():
+    global store
+    store = LmdbObjectStore("db", flush_interval=None)
+
+def put(n):
+    store[b"%d" % n] = n
+
+if __name__ == "__main__":
+    pool = multiprocessing.get_context(sys.argv[1]).Pool(2, open_store)
+    pool.map(put, range(100))
+    pool.close()  # a pool that is left by `with` terminates its workers
+    pool.join()
+"""
+    run(script, method)
+    assert stored() == {f"{n}": n for n in range(100)}
 
 
 # Transaction blocks

@@ -123,6 +123,7 @@ class Registry:
         self._opening: set[str] = set()  # the data files that the lock's thread opens
         self._exiting = False
         self._hooked: int | None = None  # process whose multiprocessing knows of this
+        self._in_celery = False  # whether Celery does; children inherit that
 
     def share(self, opening: Opening) -> Any:
         """Return the store of a data file, and enter a handle there."""
@@ -181,7 +182,7 @@ class Registry:
         self._stores[store.environment.identity] = store
         if self._exiting:
             store.write_through()
-        self.hook_multiprocessing()
+        self._hook_process()
         return store, True
 
     def forget(self, environment: Any) -> None:
@@ -191,15 +192,30 @@ class Registry:
             del self._stores[environment.identity]
 
     def hook_multiprocessing(self) -> None:
+        """Prepare for child processes that will be made by fork."""
+        if "billiard.process" in sys.modules:
+            # Its children import this themselves, but after the fork, so that they
+            # would know nothing of the stores that they inherit.
+            import multiprocessing.util  # noqa: F401
+        self._hook_process()
+
+    def _hook_process(self) -> None:
+        # A worker of Celery's pool runs nothing at its end but what has asked for this.
+        signals: Any = sys.modules.get("celery.signals")
+        if hasattr(signals, "worker_process_shutdown") and not self._in_celery:
+            self._in_celery = True
+            signals.worker_process_shutdown.connect(self._end_worker, weak=False)
         # A child of multiprocessing runs no atexit functions (on 3.10 to 3.12), but its
         # own finalizers. It forgets those that were registered before its start, and
-        # then calls the functions registered for that moment.
+        # then calls the functions registered for that moment. A child of billiard,
+        # which Celery uses, does all that by the functions of multiprocessing.
         util: Any = sys.modules.get("multiprocessing.util")
         if not hasattr(util, "Finalize") or self._hooked == os.getpid():
             return  # it may be half imported
         util.register_after_fork(self, Registry._hook)
+        # Not parent_process(): billiard sets the current process only.
         process = sys.modules.get("multiprocessing.process")
-        if process is not None and process.parent_process() is not None:
+        if process is not None and process.current_process()._parent_pid is not None:
             self._hook()
         else:
             self._hooked = os.getpid()
@@ -209,8 +225,18 @@ class Registry:
         util.Finalize(None, self.flush_all, exitpriority=0)
         self._hooked = os.getpid()
 
+    def _end_worker(self, **_: object) -> None:
+        self.flush_all()
+
     def flush_all(self) -> None:
         """Flush all stores, as the process is about to end."""
+        try:
+            self._flush_all()
+        except BaseException:  # a signal, say: what it has ended must be done again
+            self._flush_all()
+            raise
+
+    def _flush_all(self) -> None:
         self._exiting = True
         with ExitStack() as stack:  # calls all of them, even if one raises
             stack.callback(flusher.rest, _PATIENCE, False)
