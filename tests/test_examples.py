@@ -1,11 +1,13 @@
 """The examples, run as a user runs them."""
 
 import ast
+import asyncio
 import inspect
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +26,7 @@ from lmdb_object_store import LmdbObjectStore
 EXAMPLES = Path(__file__).with_name("examples")
 INDEX_STDLIB = EXAMPLES / "index_stdlib.py"
 DASK_REDUCE = EXAMPLES / "dask_reduce.py"
+ASYNCIO_SERVER = EXAMPLES / "asyncio_server.py"
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 PART = ["asyncio", "email", "importlib", "json", "multiprocessing", "unittest"]
@@ -211,3 +214,62 @@ def test_dask_progress_on_a_terminal(source: Path, tmp_path: Path) -> None:
     # One line, overwritten again and again and cleared in the end.
     frame = rb"\r\[#* *\] \| +\d+% Completed \| [^\r\n]*s"
     assert re.match(rb"(%b)+\x1b\[2K\r" % frame, seen), seen
+
+
+async def ask(port: int, lines: list[str]) -> list[str]:
+    """Send lines to the server, and return its answers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answers = []
+    for line in lines:
+        writer.write(line.encode() + b"\n")
+        answers.append((await reader.readline()).decode().rstrip("\n"))
+    writer.close()
+    await writer.wait_closed()
+    return answers
+
+
+async def ask_all(port: int, talks: list[list[str]]) -> list[list[str]]:
+    return await asyncio.wait_for(
+        asyncio.gather(*(ask(port, lines) for lines in talks)), PATIENCE
+    )
+
+
+def test_asyncio_clients_get_their_answers_and_all_is_stored(tmp_path: Path) -> None:
+    clients, rounds = 5, 20
+    talks: list[list[str]] = []
+    for client in range(clients):
+        talks.append([])
+        for n in range(rounds):
+            key = f"{client}:{n}"
+            talks[client] += [f"put {key} text of {n}", f"get {key}", "count all"]
+        talks[client] += ["get nothing", "nonsense"]
+    server = subprocess.Popen(
+        [sys.executable, str(ASYNCIO_SERVER), "--path", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout
+        port = int(server.stdout.readline().removeprefix("port "))
+        answers = asyncio.run(ask_all(port, talks))
+    finally:
+        server.terminate()
+        _, errors = server.communicate(timeout=PATIENCE)
+    if os.name == "posix":  # elsewhere that kills it
+        assert server.returncode == 128 + signal.SIGTERM, errors
+
+    for got in answers:
+        assert got[:-2:3] == ["ok"] * rounds
+        assert got[1:-2:3] == [f"text of {n}" for n in range(rounds)]
+        assert got[-2:] == ["", "?"]
+    numbers = [int(number) for got in answers for number in got[2:-2:3]]
+    assert sorted(numbers) == [*range(1, clients * rounds + 1)]
+    with LmdbObjectStore(tmp_path, key_encoding="utf-8") as store:
+        assert store.pop("all") == clients * rounds
+        if os.name == "posix":
+            assert dict(store.items()) == {
+                f"{client}:{n}": f"text of {n}"
+                for client in range(clients)
+                for n in range(rounds)
+            }
