@@ -25,7 +25,7 @@ from lmdb_object_store import (
     UnpickleError,
     WrongFileError,
 )
-from moments import at_call
+from moments import at_call, is_method
 
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 HEADER = {0: 16, 1: 24}  # bytes before the content of a page, by engine
@@ -222,6 +222,15 @@ def read_block(store):
         return store[b"00001"]
 
 
+def damage(tmp_path):
+    """Overwrite all pages but the first two, and return the file."""
+    file = data_file(tmp_path)
+    with file.open("r+b") as opened:
+        opened.seek(2 * 4096)
+        opened.write(bytes(file.stat().st_size - 2 * 4096))
+    return file
+
+
 def in_snapshot(read):
     def read_snapshot(store):
         with store.snapshot() as snapshot:
@@ -232,8 +241,8 @@ def in_snapshot(read):
 
 READS = {
     "get": lambda store: store[b"00001"],
-    "items": lambda store: list(store.items()),
-    "keys": lambda store: list(store),
+    "items": lambda store: list(iter(store.items())),  # asks for no length
+    "keys": lambda store: list(iter(store)),
     "get_many": lambda store: store.get_many([b"00001"]),
 }
 
@@ -259,10 +268,7 @@ def test_damage_is_told_with_the_file_and_the_next_steps(
     tmp_path, open_store, lib_version, use
 ):
     fill(tmp_path, lib_version)
-    file = data_file(tmp_path)
-    with file.open("r+b") as opened:
-        opened.seek(2 * 4096)
-        opened.write(bytes(file.stat().st_size - 2 * 4096))
+    file = damage(tmp_path)
     store = open_store()
     with pytest.raises(CorruptedError) as caught:
         use(store)
@@ -271,11 +277,45 @@ def test_damage_is_told_with_the_file_and_the_next_steps(
         assert part in str(caught.value)
 
 
+@ENGINES
+@pytest.mark.parametrize(
+    "read",
+    [
+        *READS.values(),
+        lambda store: b"00001" in store,
+        lambda store: len(store.keys(prefix=b"0")),
+        lambda store: store.pop(b"00001"),
+        lambda store: store.setdefault(b"00001"),
+    ],
+    ids=[*READS, "in", "count", "pop", "setdefault"],
+)
+def test_what_looks_damaged_is_read_once_more(tmp_path, open_store, lib_version, read):
+    fill(tmp_path, lib_version)
+    whole = data_file(tmp_path).read_bytes()
+    store = open_store()
+    expected = read(open_store(shutil.copytree(tmp_path / "db", tmp_path / "copy")))
+    begun = 0
+
+    def mend_at_second(_, event, called):
+        nonlocal begun
+        begun += event == "c_call" and is_method(called, "begin")
+        if begun == 2:
+            sys.setprofile(None)
+            with data_file(tmp_path).open("r+b") as opened:
+                opened.write(whole)
+
+    damage(tmp_path)  # as the copy of a meta page that is just being written can be
+    sys.setprofile(mend_at_second)
+    try:
+        assert read(store) == expected
+    finally:
+        sys.setprofile(None)
+    assert begun == 2
+
+
 def test_without_locks_damage_may_be_another_writer(tmp_path, open_store):
     fill(tmp_path, 0)
-    with data_file(tmp_path).open("r+b") as opened:
-        opened.seek(2 * 4096)
-        opened.write(bytes(data_file(tmp_path).stat().st_size - 2 * 4096))
+    damage(tmp_path)
     store = open_store(readonly=True, lock=False)
     with pytest.raises(CorruptedError, match=r"another process writes.*lock=False"):
         store[b"00001"]
@@ -283,9 +323,7 @@ def test_without_locks_damage_may_be_another_writer(tmp_path, open_store):
 
 def test_a_snapshot_that_has_met_damage_goes_on_to_say_so(tmp_path, open_store):
     fill(tmp_path, 0)
-    with data_file(tmp_path).open("r+b") as opened:
-        opened.seek(2 * 4096)
-        opened.write(bytes(data_file(tmp_path).stat().st_size - 2 * 4096))
+    damage(tmp_path)
     with open_store().snapshot() as snapshot:
         for read in READS.values():
             with pytest.raises(CorruptedError, match="is damaged"):

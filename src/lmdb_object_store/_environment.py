@@ -21,7 +21,7 @@ import lmdb
 
 from . import _files
 from ._buffer import State, WriteBuffer
-from ._diagnosis import explained
+from ._diagnosis import DAMAGED, explained
 from ._locks import Action, Args, held_here, locked, poll
 from ._registry import registry
 from ._values import CHUNK_BYTES, LARGE, LargeValue, is_blob, unpickle, unpickle_error
@@ -157,7 +157,8 @@ class Environment:
             except lmdb.Error as error:
                 txn = None
                 readers[me] = outer or False
-                self.repair(error, begin)
+                if not isinstance(error, DAMAGED):  # see `retry`
+                    self.repair(error, begin)
                 return self._read_copy(key, default, exists_only)
             readers[me] = outer or False  # out of the gate: user code from here
             try:
@@ -217,13 +218,23 @@ class Environment:
                 pass
 
     def retry(self, repair: Repair, action: Action[_R], *args: Any) -> _R:
-        """Call ``action(begin, *args)`` in the gate until that works, or never will."""
+        """Call ``action(begin, *args)`` in the gate until that works, or never will.
+
+        A file that looks damaged is read once more, in a new transaction:
+
+        1. A read takes the number of the newest transaction, and is interrupted.
+        2. Another process commits twice, and writes the meta page of that number anew.
+        3. The read copies the meta page meanwhile, half of the old and half of the new.
+        """
+        looks_damaged = False
         while True:
             begin = self.begin
             try:
                 return self.gate.read(action, begin, *args)
             except lmdb.Error as error:
-                repair(error, begin)
+                if looks_damaged or not isinstance(error, DAMAGED):
+                    repair(error, begin)
+                looks_damaged = isinstance(error, DAMAGED)
 
     def gives_views(self, values: bool) -> bool:
         """Return whether a scan, of `values` or keys, is to have views of the map."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from ._buffer import ABSENT, Batch, WriteBuffer
+from ._diagnosis import DAMAGED
 from ._environment import Begin, Environment, Pick
 from ._values import ManyValues, load, unpickle_error
 from .exceptions import ClosedError
@@ -60,7 +61,10 @@ class Source:
 
     def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
         """Return the objects stored under `keys`, pending or not, at one moment."""
-        return self.gate.user_code(self._read_many, keys)
+        try:
+            return self.gate.user_code(self._read_many, keys)
+        except DAMAGED:  # once more, as in `Environment.retry`
+            return self.gate.user_code(self._read_many, keys)
 
     def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
         gate = self.gate

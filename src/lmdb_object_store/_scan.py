@@ -270,8 +270,8 @@ class Tally(Pin):
 
     def _step(self, txn: Any, pending: Batch | None) -> bool:
         """Count some keys; return whether more are left."""
+        self.txn = None  # `view` aborts the transaction, unless more is to be counted
         if pending is not None:
-            self.txn = txn
             self._rest = self._keys
             changes = {key: pending[key] for key in filter(self._keys.holds, pending)}
             self._count = adjustment(txn, changes)
@@ -283,6 +283,7 @@ class Tally(Pin):
         if keys and rest.holds(last := bytes(keys[-1])):
             self._count += len(keys)
             self._rest = rest.beyond(last, False)
+            self.txn = txn
             return True
         self._count += sum(map(rest.holds, map(bytes, keys)))
         return False
