@@ -208,6 +208,10 @@ class Worker:
         """
         wait_until_in(function, self._thread.ident or 0, inside)
 
+    def functions(self) -> list[str]:
+        """The names of the functions that the thread is in."""
+        return _functions(self._thread.ident or 0)
+
     def result(self) -> Any:
         self._thread.join(PATIENCE)
         assert not self.running, "the thread hangs"

@@ -16,9 +16,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, eventually
 from lmdb_object_store import (
     CorruptedError,
+    GrowthError,
     LmdbObjectStore,
     LostWritesError,
     NamedDatabaseError,
@@ -173,6 +174,18 @@ def test_a_long_list_of_free_pages_is_read_to_its_end(tmp_path, lib_version):
             file.seek(page * 4096 + head + 120)
             file.write(struct.pack("=Q", last + 5))
     with pytest.raises(CorruptedError, match=f"from number {size // 4096} on"):
+        LmdbObjectStore(tmp_path / "db")
+
+
+@ENGINES
+def test_a_short_file_whose_first_pages_are_damaged(tmp_path, lib_version):
+    size = fill(tmp_path, lib_version)
+    fill(tmp_path, lib_version, 1)
+    with data_file(tmp_path).open("r+b") as file:
+        file.seek(HEADER[lib_version] + 24 + 96 + 8)
+        file.write(struct.pack("=Q", 9))  # no transaction of page 0 is odd
+        file.truncate(size - 4096)
+    with pytest.raises(CorruptedError, match="is damaged"):
         LmdbObjectStore(tmp_path / "db")
 
 
@@ -517,10 +530,28 @@ def test_a_directory_store_without_its_directory(tmp_path, open_store):
     open_store().close()
     with pytest.raises(WrongFileError, match=r"is a directory.*without subdir=False"):
         open_store(subdir=False)
+    os.rename(tmp_path / "db" / "data.mdb", tmp_path / "file")
     with pytest.raises(WrongFileError, match=r"data file, not a directory.*subdir=Fa"):
-        open_store("db/data.mdb")
-    assert sorted(os.listdir(tmp_path / "db")) == ["data.mdb", "lock.mdb"]
-    assert os.listdir(tmp_path) == ["db"]
+        open_store("file")
+    assert sorted(os.listdir(tmp_path)) == ["db", "file"]
+
+
+def test_the_data_file_of_a_directory_gets_no_second_lock_file(tmp_path, open_store):
+    path = os.fspath(tmp_path / "db")
+    with open_store() as store:
+        store[b"a"] = 1
+    for subdir in (True, False):
+        with pytest.raises(WrongFileError, match=r"open .*directory") as caught:
+            open_store("db/data.mdb", subdir=subdir)
+        assert repr(path) in str(caught.value)
+    assert sorted(os.listdir(path)) == ["data.mdb", "lock.mdb"]
+    # Without locks there is nothing to go wrong.
+    shutil.copytree(path, tmp_path / "copy")
+    options = {"readonly": True, "lock": False}
+    assert open_store("copy/data.mdb", subdir=False, **options)[b"a"] == 1
+    with open_store("data.mdb", subdir=False) as store:  # no lock.mdb is there
+        store[b"a"] = 1
+    assert sorted(os.listdir(tmp_path)) == ["copy", "data.mdb", "data.mdb-lock", "db"]
 
 
 def test_a_lock_file_that_was_there_stays(tmp_path, open_store):
@@ -528,6 +559,72 @@ def test_a_lock_file_that_was_there_stays(tmp_path, open_store):
     with pytest.raises(WrongFileError):
         open_store(subdir=False, lib_version=1)
     assert sorted(os.listdir(tmp_path)) == ["db", "db-lock"]
+
+
+HOLDS = """
+import sys
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", subdir=False, lib_version=0)
+store.put_many({b"a": 1})
+print("ready", flush=True)
+sys.stdin.readline()
+store.put_many({b"b": 2})
+store.close(strict=True)
+"""
+
+
+@needs_posix  # on Windows nobody can remove a lock file that is in use
+def test_the_lock_file_of_another_process_stays(tmp_path, open_store, monkeypatch):
+    # 1. There is neither a file nor a lock file.
+    # 2. Another process makes a store there, with another engine.
+    # 3. The opening here fails, and must not remove the lock file.
+    real, holders = lmdb.open, []
+
+    def open_later(*arguments, **options):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDS],
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        holders.append(holder)
+        assert holder.stdout.readline() == "ready\n"
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(lmdb, "open", open_later)
+    with pytest.raises(WrongFileError, match=r"lib_version=1 asks"):
+        open_store(subdir=False, lib_version=1)
+    monkeypatch.undo()
+    [holder] = holders
+    with holder:
+        holder.communicate("go\n", timeout=PATIENCE)
+    assert holder.returncode == 0
+    assert open_store(subdir=False)[b"b"] == 2
+
+
+OPENS = """
+from lmdb_object_store import LmdbObjectStore
+with open("db/lock.mdb", "r+b", buffering=0) as lock:
+    # struct MDB_rxbody: the format of the lock file, after the magic number.
+    format = lock.read(8)[4]
+    lock.seek(4)
+    lock.write(bytes([format ^ 1]))
+try:
+    LmdbObjectStore("db")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@needs_posix  # on Windows the lock file can't be written to
+def test_a_lock_file_of_another_build_is_no_damage(tmp_path, open_store, run):
+    store = open_store(lib_version=0)
+    store.put_many({b"a": 1})
+    told = run(OPENS).stdout
+    assert told.startswith("VersionMismatchError ")
+    assert "Another build of LMDB has made the lock file" in told
+    assert "damaged" not in told
 
 
 @pytest.mark.parametrize("path", ["", ":memory:", b"", b":memory:"])
@@ -564,6 +661,12 @@ def test_a_lock_file_opened_by_mistake_keeps_its_locks(tmp_path, open_store):
         with pytest.raises(lmdb.Error, match=r"lock file|already open"):
             open_store("db/lock.mdb", subdir=subdir)
     assert len(locks()) == held
+
+
+def test_a_lock_file_is_no_data_file(open_store):
+    open_store().close()
+    with pytest.raises(WrongFileError, match=r"is a lock file.*open its directory"):
+        open_store("db/lock.mdb", subdir=False)
 
 
 # Values that are no pickles

@@ -14,7 +14,7 @@ from itertools import count, permutations
 import lmdb
 import pytest
 
-from conftest import PATIENCE, run_all
+from conftest import PATIENCE, eventually, run_all
 from lmdb_object_store import (
     BusyError,
     ClosedError,
@@ -27,6 +27,7 @@ from lmdb_object_store import (
 )
 from moments import (
     WAITS_FOR_CLOSE,
+    WAITS_FOR_LOCK,
     WAITS_FOR_WRITER,
     Parked,
     at_call,
@@ -180,7 +181,7 @@ def test_one_file_has_one_environment(
         second[b"alone"] = 3
         assert len(second) == 4
     assert not is_open(env)
-    with LmdbObjectStore(path, **options, readonly=True) as again:
+    with open_store(readonly=True) as again:
         assert dict(again) == {
             b"flushed": 0,
             b"pending": 1,
@@ -1575,6 +1576,30 @@ def test_the_last_store_is_dropped_at_any_moment_of_closing_another(
             holder.clear()
             with LmdbObjectStore(tmp_path / "db", readonly=True, max_dbs=1) as again:
                 assert again[b"a"] == 1
+    in_thread(lambda: check(tmp_path)).result()
+
+
+def test_a_file_is_opened_for_writing_while_the_last_reader_closes(
+    tmp_path, open_store, in_thread
+):
+    open_store(sync=False).close()
+    openings = []
+
+    def open_elsewhere():
+        worker = in_thread(lambda: LmdbObjectStore(tmp_path / "db", sync=False))
+        openings.append(worker)
+        waits = {WAITS_FOR_LOCK, WAITS_FOR_CLOSE}
+        eventually(lambda: not worker.running or waits & set(worker.functions()))
+
+    prepare = partial(LmdbObjectStore, tmp_path / "db", readonly=True)
+    with handling(open_elsewhere):
+        for _, result in every_step(prepare, LmdbObjectStore.close):
+            assert result is None
+            for opening in openings:
+                with opening.result() as store:
+                    store[b"a"] = 1
+                assert store.closed
+            openings.clear()
     in_thread(lambda: check(tmp_path)).result()
 
 

@@ -12,7 +12,6 @@ from ._pages import engine_of, sizes_of
 from .exceptions import CorruptedError, WrongFileError
 
 DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError)
-_UNREADABLE = (lmdb.InvalidError, lmdb.VersionMismatchError)
 _EXPLAINED = (CorruptedError, WrongFileError)
 _ENGINES = {0: "0.9", 1: "1.0"}
 
@@ -41,9 +40,10 @@ def opening_error(error: lmdb.Error, path: str, options: dict[str, Any]) -> lmdb
     if isinstance(error, _EXPLAINED):
         return error
     wrong = _wrong_kind(path, options)
-    if wrong is None and isinstance(error, _UNREADABLE):
+    mismatch = isinstance(error, lmdb.VersionMismatchError)
+    if wrong is None and (mismatch or isinstance(error, lmdb.InvalidError)):
         wrong = _wrong_format(path, options)
-        if wrong is None:
+        if wrong is None and not mismatch:
             return damaged_error(data_path(path, options), "its first two pages")
     if wrong is not None:
         return WrongFileError(f"{path!r} {wrong}")
@@ -83,9 +83,13 @@ def _wrong_kind(path: str, options: dict[str, Any]) -> str | None:
     subdir = options.get("subdir", True)
     if subdir and os.path.isfile(path):
         kind = _kind_of(path)
+        if kind == "an LMDB file" and os.path.basename(path) == "data.mdb":
+            return f"is in a store: open its directory, {os.path.dirname(path)!r}."
         if kind == "an LMDB file":
             return "is a data file, not a directory: open it with subdir=False."
         return f"is {kind}: a store is a directory, or a file with subdir=False."
+    if not subdir and os.path.basename(path) == "lock.mdb":
+        return f"is a lock file of LMDB: open its directory, {os.path.dirname(path)!r}."
     if not subdir and os.path.isdir(path):
         return "is a directory: open it without subdir=False, or name a file."
     return None
@@ -103,6 +107,23 @@ def _wrong_format(path: str, options: dict[str, Any]) -> str | None:
             "for another engine: leave lib_version out, and the right one is taken."
         )
     return None
+
+
+def lock_error(path: str, options: dict[str, Any]) -> WrongFileError | None:
+    """Return an error if others would use another lock file for the same data file."""
+    directory, name = os.path.split(path)
+    if (
+        name != "data.mdb"
+        or options.get("subdir", True)
+        or not options.get("lock", True)
+        or not os.path.exists(os.path.join(directory, "lock.mdb"))
+    ):
+        return None
+    return WrongFileError(
+        f"{path!r} is in a store, {directory!r}, whose lock file is lock.mdb. With "
+        "subdir=False it would get another lock file, so that nothing kept writers "
+        "apart: open the directory."
+    )
 
 
 def is_data_file(file: str) -> bool:
@@ -150,6 +171,12 @@ def _more(error: lmdb.Error, path: str, options: dict[str, Any]) -> str:
             "nothing can be stored or deleted under it."
         )
     lock = lock_path(path, options)
+    if isinstance(error, lmdb.VersionMismatchError):
+        return (
+            f"Another build of LMDB has made the lock file {lock!r}, and a program has "
+            "it open; or the data file is of a format that this build does not know. "
+            "End that program, or let both use the same build."
+        )
     if (
         getattr(error, "code", 0) in (errno.EACCES, errno.EPERM, errno.EROFS)
         and options.get("readonly")

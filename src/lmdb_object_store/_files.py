@@ -14,6 +14,7 @@ from ._diagnosis import (
     damaged_error,
     data_path,
     is_data_file,
+    lock_error,
     lock_path,
     opening_error,
 )
@@ -150,14 +151,11 @@ def _open(path: str, options: dict[str, Any], timeout: float) -> lmdb.Environmen
 def _has_opened(
     path: str, options: dict[str, Any], opened: list[lmdb.Environment]
 ) -> bool:
+    if wrong := lock_error(path, options):
+        raise wrong
     attempts = 0
     lock = lock_path(path, options)
-    # Of an LMDB file it could be that of a process that opens the file meanwhile.
-    makes_lock = (
-        options.get("lock", True)
-        and not os.path.exists(lock)
-        and not is_data_file(data_path(path, options))
-    )
+    makes_lock = options.get("lock", True) and not os.path.exists(lock)
     while not opened:
         try:
             opened.append(_open_once(path, options))
@@ -169,7 +167,9 @@ def _has_opened(
                 raise
         except lmdb.Error as error:
             better = opening_error(error, path, options)
-            if isinstance(better, WrongFileError) and makes_lock:
+            # The lock file of an LMDB file could be that of another process by now.
+            no_data = not is_data_file(data_path(path, options))
+            if isinstance(better, WrongFileError) and makes_lock and no_data:
                 with suppress(OSError):
                     os.remove(lock)
             if better is error:
@@ -224,8 +224,7 @@ def _check_length(env: lmdb.Environment, path: str, options: dict[str, Any]) -> 
     transaction are never written.
     """
     file = data_path(path, options)
-    missing: tuple[int, int] | None = None
-    while missing is None:
+    for _ in range(_ATTEMPTS):
         with env.begin() as txn:
             size = os.stat(file).st_size
             needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
@@ -237,10 +236,15 @@ def _check_length(env: lmdb.Environment, path: str, options: dict[str, Any]) -> 
                     missing = pages.missing_pages(size, txn.id())
                 except (struct.error, RecursionError, ValueError, OSError) as error:
                     raise damaged_error(file, "its list of free pages") from error
-    count, first = missing
-    if count:
-        problem = f"{count} pages that are in use, from number {first} on"
-        raise damaged_error(file, f"{problem}, are cut off, as by an incomplete copy")
+        if missing is None:
+            continue  # another process has written meanwhile
+        count, first = missing
+        if count:
+            problem = f"{count} pages that are in use, from number {first} on"
+            problem += ", are cut off, as by an incomplete copy"
+            raise damaged_error(file, problem)
+        return
+    raise damaged_error(file, "its first two pages")
 
 
 def readers_full_error(path: str) -> ReadersFullError:

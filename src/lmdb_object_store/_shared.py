@@ -318,15 +318,17 @@ class SharedStore(Source):
 
         An object that writes lets an environment that can only read be opened again.
         """
-        if "closing" not in self.pending.refusals:
-            if self.readonly and not wanted.get("readonly"):
-                self.writer.do(self._open_for_writing, wanted)
+        refusals = self.pending.refusals
+        writes = not wanted.get("readonly")
+        if self.readonly and writes and "closing" not in refusals:
+            self.writer.do(self._open_for_writing, wanted)
+        if "closing" not in refusals:
             has = {**self.options, "lib_version": self.environment.engine}
             check_shared(self.path, has, wanted)
         return self.users.enter(handle, warn)
 
     def _open_for_writing(self, wanted: dict[str, Any]) -> None:
-        if not self.readonly:
+        if "closing" in self.pending.refusals or not self.readonly:
             return  # another thread was faster
         options = writable_options(self.options, wanted)
         options["lib_version"] = self.environment.engine
