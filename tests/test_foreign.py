@@ -393,6 +393,9 @@ def test_the_put_that_fills_a_batch_is_refused_only_for_its_own_key(
     store[b"b"] = 3  # flushes, and has nothing to do with the name
     assert "has named databases" in errors.get_nowait().getMessage()
     assert store.get_many([b"a", b"b"])[0] == {b"a": 1, b"b": 3}
+    with pytest.raises(NamedDatabaseError) as caught:
+        store.flush()
+    assert caught.value.keys == {with_names}
     store[b"c"] = 4
     store[b"d"] = 5
     with pytest.raises(NamedDatabaseError):
@@ -409,9 +412,74 @@ def test_a_deletion_of_a_name_is_refused(open_store, with_names):
         store.flush()
     assert store[b"a"] == 1
     for keys in ([b"a", with_names], store.keys(prefix=b"n")):
-        with pytest.raises(lmdb.IncompatibleError, match="another program"):
+        with pytest.raises(NamedDatabaseError, match="another program") as caught:
             store.delete_many(keys)
+        assert with_names in caught.value.keys
     assert store[b"a"] == 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda store: store.put_many({b"a": 1}),
+        lambda store: store.update({b"a": 1, b"b": 2}),
+        lambda store: store.delete_many([b"b"]),
+        lambda store: store.snapshot().__enter__(),
+        lambda store: store.transaction().__enter__(),
+        list,
+    ],
+    ids=["put_many", "update", "delete_many", "snapshot", "transaction", "list"],
+)
+def test_a_write_under_a_name_is_told_by_the_next_flush_and_stops_no_other_call(
+    open_store, with_names, write
+):
+    store = open_store(batch_size=2)
+    store[with_names] = 1
+    kept = write(store)
+    del kept  # a snapshot or block ends
+    assert store.write_buffer.keys() <= {b"a", b"b"}
+    with pytest.raises(NamedDatabaseError) as caught:
+        store.flush()
+    assert caught.value.keys == {with_names}
+    store.flush()
+    store.close(strict=True)
+
+
+def test_what_was_refused_before_a_close_is_lost_with_an_error(open_store, with_names):
+    store = open_store(flush_interval=0.01)
+    store[b"a"] = 1
+    store[with_names] = 2
+    eventually(lambda: not store.write_buffer)
+    with pytest.raises(LostWritesError):
+        store.close(strict=True)
+    assert store.write_buffer.keys() == {with_names}
+
+
+def test_what_was_refused_is_told_though_the_others_cannot_be_flushed(
+    open_store, with_names
+):
+    store = open_store(max_map_size=2**20)
+    store[with_names] = 1
+    store.update({b"z%d" % n: bytes(2**17) for n in range(16)})
+    with pytest.raises(GrowthError):
+        store.flush()
+    assert with_names not in store.write_buffer
+    store.max_map_size = None
+    with pytest.raises(NamedDatabaseError):
+        store.flush()
+    assert store.write_buffer == {}
+    assert store[b"z15"] == bytes(2**17)
+
+
+def test_a_block_with_a_name_near_the_cap(open_store, with_names):
+    store = open_store(map_size=2**20, max_map_size=2**20)
+    with suppress(GrowthError):
+        for number in range(1000):
+            store.put_many({b"%d" % number: bytes(3000)})
+    with pytest.raises(NamedDatabaseError), store.transaction():  # noqa: PT012
+        store[with_names] = 1
+        store.delete(b"1")
+    assert b"1" in store
 
 
 def put_both(store, name):

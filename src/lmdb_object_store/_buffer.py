@@ -65,6 +65,7 @@ class WriteBuffer:
         self.refusals = set(refusals)
         self.accepts = not refusals
         self.watch: Callable[[], bool] = bool  # tells the flusher, if that runs
+        self.refused: Batch = {}  # the writes that a flush has refused by themselves
         self.lost: Batch = {}  # the entries that a failed close has left
 
     @under_lock
@@ -212,6 +213,7 @@ class WriteBuffer:
         self.entries = {}
         self.size = 0
         self.removals += 1
+        self.refused = {}
         self.lost = {}
         self.refusals.discard("closing")
         if self.block is None:

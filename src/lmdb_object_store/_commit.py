@@ -85,18 +85,28 @@ class Committer:
     def _flush_others(
         self, error: NamedDatabaseError, pending: Batch, extra: Batch
     ) -> None:
-        """Refuse the writes at fault, flush all others, and raise the error.
+        """Refuse the writes at fault, and flush all others.
 
-        Or log it, if `extra` can be written: a put has nothing to do with others.
+        Raises if that of `extra` is refused. For the others, see `tell_refused`: what
+        flushes just now may have nothing to do with them.
         """
         refused = {key: pending[key] for key in error.keys & pending.keys()}
+        if refused:
+            self.buffer.refused = {**self.buffer.refused, **refused}
+            self.writer.log_later(logging.ERROR, str(error))
         self.buffer.remove(pending, refused)
-        if "closing" in self.buffer.refusals:
-            self.buffer.lost = {**self.buffer.lost, **refused}
         self.flush(_without(extra, error.keys), _without(pending, error.keys))
-        if error.keys & extra.keys() or not extra:
+        if error.keys & extra.keys():
             raise error
-        self.writer.log_later(logging.ERROR, str(error))
+
+    def tell_refused(self) -> None:
+        """Raise if pending writes were refused since the last call."""
+        buffer = self.buffer
+        refused, buffer.refused = buffer.refused, {}
+        if refused:
+            if "closing" in buffer.refusals:
+                buffer.lost = {**buffer.lost, **refused}
+            raise self._name_error(sorted(refused))
 
     def _commit_in_parts(self, pending: Batch, batch: Batch, extra: Batch) -> Batch:
         """Commit deletions by themselves: they may make room for the puts.
@@ -146,18 +156,15 @@ class Committer:
         try:
             self.write(work, batch, len(batch), 1 if puts else 2)
         except lmdb.IncompatibleError as error:
-            names = self._names_among(batch)
-            raise (self._name_error(names) if names else error) from error
+            raise self._explained(error, partial(_perhaps_names, keys=batch)) from error
 
-    def _names_among(self, batch: Batch) -> list[bytes]:
-        """Return the keys that are names of named databases."""
-
-        def candidates(txn: Transaction) -> list[bytes]:
-            return [key for key in batch if len(txn.get(key, b"")) == _NAMED_DATABASE]
-
-        begin = self.environment.begin
-        found = self._transact(begin, candidates, commit=False)
-        return sorted(filter(self._is_name, found))
+    def _explained(
+        self, error: lmdb.Error, candidates: Work[list[bytes]]
+    ) -> lmdb.Error:
+        """Return an error that says which keys are names of named databases."""
+        found = self._transact(self.begin, candidates, commit=False)
+        names = sorted(filter(self._is_name, found))
+        return self._name_error(names) if names else error
 
     def _name_error(self, names: list[bytes]) -> NamedDatabaseError:
         error = NamedDatabaseError(
@@ -172,7 +179,7 @@ class Committer:
     def _is_name(self, key: bytes) -> bool:
         overwrite = partial(_apply, deletions=[], puts=[(key, b"")])
         try:
-            self._transact(self.environment.begin, overwrite, commit=False)
+            self._transact(self.begin, overwrite, commit=False)
         except lmdb.IncompatibleError:
             return True
         return False
@@ -199,7 +206,11 @@ class Committer:
             # There is no room for the pending writes, so some of them have to go, too:
             # at the same moment as the database, as no read comes between.
             return self.writer.exclusive(self._erase_pending, work, covers, count)
-        return self.write(work, {}, count, None) if count else 0
+        try:
+            return self.write(work, {}, count, None) if count else 0
+        except lmdb.IncompatibleError as error:
+            candidates = partial(_perhaps_names_in, covers=covers)
+            raise self._explained(error, candidates) from error
 
     def _erase_pending(self, work: Work[int], covers: _Covers, count: int) -> int:
         pending = dict(self.buffer.entries)
@@ -382,6 +393,16 @@ def _apply(
     for key in deletions:
         txn.delete(key)
     txn.cursor().putmulti(puts)
+
+
+def _perhaps_names(txn: Transaction, keys: Collection[bytes]) -> list[bytes]:
+    """Return those of the keys whose values can be those of named databases."""
+    return [key for key in keys if len(txn.get(key, b"")) == _NAMED_DATABASE]
+
+
+def _perhaps_names_in(txn: Transaction, covers: _Covers) -> list[bytes]:
+    entries = txn.cursor()
+    return [key for key, raw in entries if len(raw) == _NAMED_DATABASE and covers(key)]
 
 
 def _delete_range(txn: Transaction, keys: KeyRange) -> int:

@@ -20,7 +20,6 @@ to wait for the call that it interrupted.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Collection
@@ -42,7 +41,7 @@ from ._snapshot import SnapshotSource
 from ._timed_flush import TimedFlush
 from ._transaction import TransactionBlock
 from ._writer import Writer, as_writer, log
-from .exceptions import BusyError, GrowthError, NamedDatabaseError, ReplacedError
+from .exceptions import BusyError, GrowthError, ReplacedError
 
 _R = TypeVar("_R")
 
@@ -247,6 +246,7 @@ class SharedStore(Source):
     def flush(self) -> None:
         self.check_open()
         self.committer.flush()
+        self.committer.tell_refused()
 
     def flush_for_read(self) -> None:
         """Persist the pending writes, unless that would wait or has just failed."""
@@ -265,8 +265,6 @@ class SharedStore(Source):
         self.writer.hurried = True
         try:
             self.committer.flush()
-        except NamedDatabaseError as error:
-            self.writer.log_later(logging.ERROR, str(error))  # all else is flushed
         finally:
             try:
                 self.writer.hurried = False
@@ -412,6 +410,7 @@ class SharedStore(Source):
     def _finish(self) -> None:
         try:
             self.committer.flush()
+            self.committer.tell_refused()
         finally:
             self.environment.sync()
 

@@ -62,8 +62,10 @@ class CorruptedError(lmdb.CorruptedError):
 class NamedDatabaseError(lmdb.IncompatibleError):
     """A key is the name of a named database in the file, which another program made.
 
-    The write under that key is refused. A flush has done all others; of a `put_many`
-    and a transaction block nothing is written.
+    The write under that key is refused, by the next flush of any kind; then that is
+    logged, and `LmdbObjectStore.flush` or ``close(strict=True)`` raises. A flush does
+    all other writes; of a `put_many`, a `delete_many` and a transaction block that is
+    refused nothing is written.
     """
 
     keys: frozenset[bytes] = frozenset()
