@@ -259,6 +259,27 @@ def test_an_error_of_a_logging_handler_does_not_end_the_thread(open_store, error
     full.clear()
 
 
+def test_the_flusher_logs_when_others_can_write(open_store, in_thread, caplog):
+    caplog.set_level(logging.INFO, "lmdb_object_store")
+    store = open_store(flush_interval=SOON, map_size=2**16)
+    outcomes = queue.Queue()
+
+    def write_elsewhere(record):
+        worker = in_thread(lambda: store.put_many({b"logged": record.getMessage()}))
+        outcomes.put(outcome(worker.result))
+
+    handler = logging.Handler()
+    handler.emit = write_elsewhere
+    logger = logging.getLogger("lmdb_object_store")
+    logger.addHandler(handler)
+    try:
+        store[b"large"] = bytes(2**17)
+        assert outcomes.get(timeout=2 * PATIENCE) is None
+    finally:
+        logger.removeHandler(handler)
+    assert "Map grown" in store[b"logged"]
+
+
 def test_a_put_during_the_flush_is_flushed_by_the_next(open_store):
     store = open_store(flush_interval=SOON)
     store.put_many({b"a": 0})
@@ -460,6 +481,62 @@ def test_forks_meet_no_second_thread_and_nothing_pending(run, stored):
     entries = stored()
     assert entries.pop("child") == entries.pop("after") == 1
     assert entries == {f"parent {n}": n for n in range(100)}
+
+
+LIMBO = """
+import os, threading
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db")
+store[b"a"] = 1
+with threading._active_limbo_lock:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+store[b"b"] = 2
+store.close()
+"""
+
+
+@needs_fork
+@pytest.mark.skipif(
+    not hasattr(threading, "_active_limbo_lock"), reason="needs CPython's threading"
+)
+def test_a_signal_handler_that_interrupts_threading_may_fork(run, stored):
+    # A handler that has interrupted threading.enumerate() holds that lock, too.
+    run(LIMBO, options=("-W", "ignore::DeprecationWarning"))
+    assert stored() == {"a": 1, "b": 2}
+
+
+IN_A_BLOCK = """
+import os, threading, time
+from lmdb_object_store import LmdbObjectStore
+store = LmdbObjectStore("db", flush_interval=0.01, sync=False)
+
+def put_and_wait():
+    store[b"a"] = 1
+    while store.write_buffer:
+        time.sleep(0.01)
+
+block = store.transaction()
+block.__enter__()
+read, write = os.pipe()
+if os.fork() == 0:
+    os.read(read, 1)  # the parent's block has ended
+    thread = threading.Thread(target=put_and_wait)
+    thread.start()
+    thread.join()
+    os._exit(0)
+block.__exit__(None, None, None)
+os.write(write, b"x")
+assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs LMDB's robust mutexes")
+def test_other_threads_of_a_child_forked_in_a_block_are_flushed(run, stored):
+    run(IN_A_BLOCK)
+    assert stored() == {"a": 1}
 
 
 @needs_fork

@@ -49,8 +49,8 @@ class OpenBlock(Protocol):
 class WriteBuffer:
     """Pending writes by key, in the order in which the keys came.
 
-    All changes are made under `lock`, a leaf: no other lock is taken and no user code
-    run under it, and of LMDB's calls only the beginning of a read transaction.
+    All changes are made under `lock`. Under it no lock is taken but the flusher's, no
+    user code is run, and of LMDB's calls only one, which begins a read transaction.
     """
 
     def __init__(self, *refusals: str) -> None:

@@ -21,6 +21,7 @@ from ._locks import held_here, locked, poll
 
 LONGEST_PAUSE = 60.0  # seconds until the next try of a flush that failed
 _LONGEST_SLEEP = 3600.0  # seconds, far below what threading.TIMEOUT_MAX can be
+_JOIN = 1.0  # seconds that a fork waits until Python has forgotten the thread
 _GONE = 0.05  # seconds that a fork waits until the system has removed the thread
 
 
@@ -55,9 +56,9 @@ class Flusher:
         if self._runs() or self._resting:
             return
         name = "lmdb-object-store flusher"
-        self._thread = Thread(target=self._run, name=name, daemon=True)
+        thread = self._thread = Thread(target=self._run, name=name, daemon=True)
         with suppress(RuntimeError):  # there are too many threads, or this one ends
-            self._thread.start()
+            thread.start()
 
     def _runs(self) -> bool:
         # Not is_alive(): an interrupt in it makes a running thread look ended, before
@@ -114,7 +115,7 @@ class Flusher:
         self._due.pop(timed, None)
         try:
             pause = timed.flush()
-        except Exception:  # of a logging handler, say
+        except BaseException:  # SystemExit of a logging handler, say
             pause = LONGEST_PAUSE
         if pause is not None:
             self._due.setdefault(timed, time.monotonic() + pause)
@@ -130,7 +131,9 @@ class Flusher:
             return
         self._wake()
         if poll(lambda: self._thread is not thread, timeout, 0.0001, 0.002):
-            thread.join()
+            # Not for ever: a signal handler that forks may have interrupted
+            # threading.enumerate(), whose lock the thread takes at its end.
+            thread.join(_JOIN)
             # On Linux before 3.13 that is not yet the end of the system's thread.
             early = sys.platform == "linux" and sys.version_info < (3, 13)
             task = f"/proc/self/task/{thread.native_id}"

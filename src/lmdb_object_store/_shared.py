@@ -10,7 +10,8 @@
 - `Users`: the store objects that use it; with the last one it is closed.
 
 Locks, in the order in which they may be taken together: fork lock, registry lock,
-write lock, gate, lock of a snapshot, buffer lock. No user code runs under any of them.
+write lock, gate, lock of a snapshot, buffer lock, lock of the flusher. No user code
+runs under any of them.
 
 A signal handler or a finalizer can run inside any operation, on the same thread. The
 locks are re-entrant, and `Writer.interrupted_here` tells such a call apart: it may
@@ -483,6 +484,7 @@ class SharedStore(Source):
             harmless = isinstance(error, BusyError | ReplacedError)
             if self.pending.entries or not harmless:
                 self._log_failure("Flush at exit", error)
+        self.writer.log_lines()
         if any(self.users.handles.values()):
             self._warn_unclosed()
 

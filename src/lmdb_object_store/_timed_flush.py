@@ -69,6 +69,8 @@ class TimedFlush:
         except Exception as error:
             self._put_off(interval, error)
             return max(interval, _BUSY_PAUSE)
+        finally:
+            self._writer.log_lines()
         if not flushed:
             return _BUSY_PAUSE
         self._pause = 0.0

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar, cast
 from . import _fork
 from ._buffer import OpenBlock, State, WriteBuffer
 from ._gate import SLICE, Gate
-from ._locks import Action, Args, Method, locked, poll, try_locked
+from ._locks import Action, Args, Method, held_here, locked, poll, try_locked
 from .exceptions import BusyError, SnapshotOpenError
 
 log = logging.getLogger("lmdb_object_store")
@@ -121,9 +121,10 @@ class Writer:
 
     def would_wait(self) -> bool:
         """Return whether a flush would have to wait for others."""
+        block = self.buffer.block
         return (
             self.thread is not None
-            or self.buffer.block is not None
+            or (block is not None and block.state is not State.INHERITED)
             or "closing" in self.buffer.refusals
             or self.interrupted_here()
         )
@@ -284,10 +285,10 @@ class Writer:
         self.lines.append((level, "%s: %s", self.path, text))
 
     def log_lines(self) -> None:
-        """Log, unless this thread is in a block, whose end others wait for."""
+        """Log, unless this thread has the lock or is in a block: others may wait."""
         block = self.buffer.block
         here = block is not None and block.is_here()
-        if here or self.interrupted_here():
+        if here or held_here(self.lock) or self.interrupted_here():
             return
         with suppress(IndexError):  # another thread was faster
             while self.lines:

@@ -107,7 +107,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         Seconds, > 0, after which pending writes are flushed by a thread in the
         background; None leaves that to the other occasions. A process that is killed
         loses no older write, and other processes see all others. A flush that fails
-        there is logged, and tried again after pauses that double up to a minute.
+        there is logged, and tried again after pauses that double up to about a minute.
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
@@ -286,8 +286,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         False for all that can't be a key. TypeError: a str without `key_encoding`.
         """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
-            key = self._codec.find(key)
-            if key is None:
+            try:
+                key = self._codec.encode(key)
+            except (TypeError, ValueError):
+                self._codec.find(key)  # raises for a str without `key_encoding`
                 self._check_open()
                 return False
         source: Any = self._shared
