@@ -1,10 +1,10 @@
 """Money moved between accounts by threads of several processes, some of them killed."""
 
+import faulthandler
 import random
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -87,6 +87,7 @@ def work(store, transfers, teller):
 
 
 def main(path, lib_version, transfers, *tellers):
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)  # shows what hangs
     store = LmdbObjectStore(path, lib_version=int(lib_version), **OPTIONS)
     with store, ThreadPoolExecutor() as pool:
         list(pool.map(partial(work, store, int(transfers)), tellers))
@@ -110,8 +111,6 @@ class Branch:
         self._process = subprocess.Popen(
             list(map(str, self._command)), stdout=subprocess.PIPE, text=True
         )
-        self._watchdog = threading.Timer(TIMEOUT, self._process.kill)
-        self._watchdog.start()
 
     def follow(self, count):
         for _ in range(count):
@@ -131,7 +130,6 @@ class Branch:
         if not self._process.stdout.closed:
             with self._process as process:
                 self._note(process.stdout.read())
-            self._watchdog.cancel()
 
     def _note(self, lines):
         self.events.update(re.findall(r"^(\w+)\n", lines, re.MULTILINE))
