@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,27 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., LmdbObjectStore[Any, An
     gc.collect()
 
 
+@contextmanager
+def logging_to(
+    emit: Callable[[logging.LogRecord], Any], level: int = logging.ERROR
+) -> Iterator[None]:
+    """Call `emit` with what the library logs."""
+    handler = logging.Handler(level)
+    handler.emit = emit  # type: ignore[method-assign]
+    logger = logging.getLogger("lmdb_object_store")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 @pytest.fixture
 def errors() -> Iterator[queue.Queue[logging.LogRecord]]:
     """Collect the errors that the library logs, from now on."""
     records: queue.Queue[logging.LogRecord] = queue.Queue()
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = records.put  # type: ignore[method-assign]
-    logger = logging.getLogger("lmdb_object_store")
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
+    with logging_to(records.put):
+        yield records
 
 
 @pytest.fixture

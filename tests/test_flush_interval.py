@@ -15,7 +15,7 @@ from contextlib import suppress
 import lmdb
 import pytest
 
-from conftest import PATIENCE, eventually, needs_fork, needs_sigterm
+from conftest import PATIENCE, eventually, logging_to, needs_fork, needs_sigterm
 from lmdb_object_store import GrowthError, LmdbObjectStore
 from moments import Parked, at_call, every_step, handling, is_writing, outcome, part_of
 
@@ -243,18 +243,12 @@ def test_a_fork_after_a_thread_that_could_not_be_started(
 def test_an_error_of_a_logging_handler_does_not_end_the_thread(open_store, errors):
     full = open_store("full", flush_interval=SOON, max_map_size=MIB)
     other = open_store("other", flush_interval=SOON)
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = refuse
-    logger = logging.getLogger("lmdb_object_store")
-    logger.addHandler(handler)
-    try:
+    with logging_to(refuse):
         full.update({b"%d" % n: bytes(MIB // 8) for n in range(16)})
         errors.get(timeout=PATIENCE)
         for number in range(3):
             other[b"%d" % number] = number
             eventually(lambda: not other.write_buffer)
-    finally:
-        logger.removeHandler(handler)
     assert len(full.write_buffer) == 16
     full.clear()
 
@@ -268,15 +262,9 @@ def test_the_flusher_logs_when_others_can_write(open_store, in_thread, caplog):
         worker = in_thread(lambda: store.put_many({b"logged": record.getMessage()}))
         outcomes.put(outcome(worker.result))
 
-    handler = logging.Handler()
-    handler.emit = write_elsewhere
-    logger = logging.getLogger("lmdb_object_store")
-    logger.addHandler(handler)
-    try:
+    with logging_to(write_elsewhere, logging.INFO):
         store[b"large"] = bytes(2**17)
         assert outcomes.get(timeout=2 * PATIENCE) is None
-    finally:
-        logger.removeHandler(handler)
     assert "Map grown" in store[b"logged"]
 
 
@@ -601,15 +589,9 @@ def test_a_logging_handler_of_the_flusher_may_fork(open_store):
             os._exit(0)
         codes.put(os.waitpid(child, 0)[1])
 
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = fork_and_wait
-    logger = logging.getLogger("lmdb_object_store")
-    logger.addHandler(handler)
-    try:
+    with logging_to(fork_and_wait):
         store.update({b"%d" % n: bytes(MIB // 8) for n in range(16)})
         assert codes.get(timeout=PATIENCE) == 0
-    finally:
-        logger.removeHandler(handler)
     store.max_map_size = None
     eventually(lambda: not store.write_buffer)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from conftest import PATIENCE
+from conftest import PATIENCE, logging_to
 from lmdb_object_store import BusyError, LmdbObjectStore
 from moments import WAITS_FOR_BLOCK, Parked, notice_soon
 from test_readers import hold  # noqa: F401 (a fixture)
@@ -52,13 +52,9 @@ def in_another(in_thread):
 def next_warning(monkeypatch):
     """Return the next line that the library logs, without a wait of a second before."""
     lines = queue.Queue()
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.put(record.getMessage())
-    logger = logging.getLogger("lmdb_object_store")
-    logger.addHandler(handler)
     notice_soon(monkeypatch)
-    yield lambda: lines.get(timeout=PATIENCE)
-    logger.removeHandler(handler)
+    with logging_to(lambda record: lines.put(record.getMessage()), logging.WARNING):
+        yield lambda: lines.get(timeout=PATIENCE)
 
 
 # A transaction block of another thread
