@@ -161,6 +161,25 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+_HOLDER = """
+import lmdb, os, sys
+path = sys.argv[1]
+with lmdb.open(path, subdir=os.path.isdir(path)).begin(write=True):
+    print("holds LMDB's lock", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold_up_writers(path: str) -> subprocess.Popen[str]:
+    """Start a process that holds LMDB's lock until its stdin is closed."""
+    command = [sys.executable, "-c", _HOLDER, path]
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    return holder
+
+
 @pytest.fixture
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep coverage.py out of the programs that the test runs.

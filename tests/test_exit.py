@@ -257,22 +257,14 @@ for _ in range(8):
 def test_exit_does_not_wait_for_ever_for_a_blocked_commit(run, stored):
     # Another process is LMDB's writer; a daemon thread waits for it in a commit.
     script = """
-import subprocess, sys, threading
+import threading
+from conftest import hold_up_writers
 from lmdb_object_store import LmdbObjectStore
 from moments import let_exit_wait
 let_exit_wait(0.2)  # spares this test some seconds
 store = LmdbObjectStore("db", batch_size=2)
 store.put_many({b"flushed": 0})
-other = '''
-import lmdb, sys
-with lmdb.open("db").begin(write=True):
-    print(flush=True)
-    sys.stdin.read()  # until the first process has ended
-'''
-writer = subprocess.Popen(
-    [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-)
-writer.stdout.readline()
+holder = hold_up_writers("db")  # until this process has ended
 
 def work(name):
     for n in range(10):

@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from contextlib import suppress
 
 import lmdb
 import pytest
 
-from conftest import PATIENCE, eventually, logging_to, needs_fork, needs_sigterm
+from conftest import (
+    PATIENCE,
+    eventually,
+    hold_up_writers,
+    logging_to,
+    needs_fork,
+    needs_sigterm,
+)
 from lmdb_object_store import GrowthError, LmdbObjectStore
 from moments import Parked, at_call, every_step, handling, is_writing, outcome, part_of
 
@@ -39,13 +45,13 @@ def flushers():
 # The promise
 
 SERVICE = """
-import sys, time
+import sys
 from lmdb_object_store import LmdbObjectStore
 store = LmdbObjectStore(sys.argv[1], key_encoding="utf-8")
 for n in range(50):
     store[f"key {n}"] = n
 print("put", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
@@ -55,7 +61,8 @@ def test_a_service_that_is_terminated_has_lost_nothing_after_the_interval(
 ):
     path = tmp_path / "db"
     command = [sys.executable, "-c", SERVICE, path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as service:
         assert service.stdout.readline() == "put\n"
         # As another process sees them, too, that has the file open since before.
         reader = open_store(readonly=True)
@@ -362,7 +369,6 @@ def test_the_flusher_waits_for_no_writer_and_no_block(open_store, in_thread, err
     other = open_store("other", flush_interval=SOON)
     with store.transaction():
         store[b"block"] = 1
-        time.sleep(0)
         other[b"a"] = 1
         eventually(lambda: not other.write_buffer)
         with at_call("get", lambda: store.put(b"handler", 1)):
@@ -379,7 +385,7 @@ def test_the_flusher_waits_for_no_writer_and_no_block(open_store, in_thread, err
     assert errors.empty()
 
 
-def test_a_close_waits_for_the_flusher(open_store, in_thread):
+def test_a_close_waits_for_the_flusher(open_store, hasty):
     caught = []
     threading.excepthook, before = caught.append, threading.excepthook
     try:
@@ -387,7 +393,6 @@ def test_a_close_waits_for_the_flusher(open_store, in_thread):
             store = open_store(flush_interval=SOON / 10)
             for n in range(20):
                 store[b"%d" % n] = 1
-                time.sleep(0)
             store.close(strict=True)
             store = open_store(flush_interval=None)
             assert len(store) == 20
@@ -401,32 +406,14 @@ def test_a_close_waits_for_the_flusher(open_store, in_thread):
 def test_a_put_does_not_wait_for_the_flusher(open_store, tmp_path):
     store = open_store(flush_interval=SOON, subdir=False)
     store.put_many({b"a": 1})
-    holder = """
-import lmdb, sys
-env = lmdb.open(sys.argv[1], subdir=False)
-with env.begin(write=True):
-    print("holds LMDB's lock", flush=True)
-    sys.stdin.read()
-"""
-    command = [sys.executable, "-c", holder, store.db_path]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
-        process.stdout.readline()
+    with hold_up_writers(store.db_path) as holder:
         store[b"b"] = 1
-        eventually(lambda: flushing())
+        eventually(lambda: is_writing(store))  # the flusher is about to
         store[b"c"] = 1
         assert (store[b"a"], store[b"b"], store[b"c"]) == (1, 1, 1)
         assert list(store.write_buffer) == [b"b", b"c"]
-        process.stdin.close()
+        holder.stdin.close()
     eventually(lambda: not store.write_buffer)
-
-
-def flushing():
-    """Whether the flusher begins to write."""
-    [thread] = flushers()
-    # Documented in spite of its underscore.
-    frame = sys._current_frames()[thread.ident]  # noqa: SLF001
-    return frame.f_code.co_name == "_transact"
 
 
 # Forks
@@ -619,21 +606,14 @@ def test_an_interrupted_first_write_leaves_none_unflushed(open_store):
 
 
 HELD_UP = """
-import subprocess, sys, threading
+import threading
+from conftest import hold_up_writers
 from lmdb_object_store import LmdbObjectStore
 from moments import is_writing, let_exit_wait
 let_exit_wait(0.01)
 store = LmdbObjectStore("db", flush_interval=0.01)
 store.put_many({b"a": 1})
-holder = subprocess.Popen(
-    [sys.executable, "-c", '''
-import lmdb, sys
-with lmdb.open("db").begin(write=True):
-    print(flush=True)
-    sys.stdin.read()
-'''], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-)
-holder.stdout.readline()
+holder = hold_up_writers("db")
 store[b"b"] = 2
 pause = threading.Event()
 while not is_writing(store):  # the flusher waits for the other process

@@ -651,20 +651,13 @@ def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
 
 
 STUCK = f"""{FORK}
+from conftest import hold_up_writers
 from moments import is_writing, let_forks_wait
 let_forks_wait(0.1)
 store = open_store()
 store.put_many({{"key": 1}})
 other = LmdbObjectStore("other")
-holder = subprocess.Popen(
-    [sys.executable, "-c", '''
-import lmdb, sys
-with lmdb.open("db").begin(write=True):
-    print(flush=True)
-    sys.stdin.read()
-'''], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-)
-holder.stdout.readline()
+holder = hold_up_writers("db")
 writing = threading.Thread(target=lambda: store.put_many({{"late": 2}}))
 writing.start()
 while not is_writing(store):

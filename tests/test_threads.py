@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import subprocess
 import sys
 import threading
 from itertools import count
@@ -10,7 +9,7 @@ from itertools import count
 import lmdb
 import pytest
 
-from conftest import PATIENCE, run_all
+from conftest import PATIENCE, hold_up_writers, run_all
 from lmdb_object_store import ClosedError, GrowthError
 from moments import Parked, is_method
 
@@ -115,22 +114,14 @@ def test_puts_and_reads_do_not_wait_for_a_commit(busy_store, in_thread, moment, 
 def test_puts_and_reads_do_not_wait_for_a_commit_that_another_process_holds_up(
     busy_store, in_thread
 ):
-    hold = (
-        "import lmdb, sys\n"
-        "with lmdb.open(sys.argv[1], map_size=2**24).begin(write=True):\n"
-        "    print('writing', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", hold, busy_store.db_path]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout.read(7) == b"writing"
-        with Parked(in_thread, "begin", busy_store.flush) as writer:
-            writer.leave()  # ... and wait for the other process
-            seen = in_thread(lambda: put_and_read(busy_store)).result()
-            other.communicate(timeout=PATIENCE)
-            writer.release()
+    with (
+        hold_up_writers(busy_store.db_path) as other,
+        Parked(in_thread, "begin", busy_store.flush) as writer,
+    ):
+        writer.leave()  # ... and wait for the other process
+        seen = in_thread(lambda: put_and_read(busy_store)).result()
+        other.communicate(timeout=PATIENCE)
+        writer.release()
     assert seen == WHAT_IT_READS
     check_the_outcome(busy_store)
 
