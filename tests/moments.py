@@ -47,7 +47,7 @@ FORK_BARS_READS = "pause"  # for a moment, again and again
 # The functions that call py-lmdb, for `at_call`.
 GETS_ONE = "read"  # a value for `store[key]` and `get`
 GETS_MANY = "pick"  # values for `get_many`
-LOOKS_BEFORE_POP = "pick_views"  # at the value that `pop` is about to take
+LOOKS_BEFORE_POP = "is_stored"  # at the value that `pop` is about to take
 KEEPS_TRANSACTION = "is_pinned"  # for the values of `get_many`, while user code runs
 
 # The function that returns just before a put takes its place in the buffer.

@@ -180,14 +180,20 @@ def remove(store):
 
 
 # Which of the calls of py-lmdb looks at the key to write it if nothing has changed.
-LOOKS = {pop: 2, pop_or_default: 2, popitem: 2, setdefault: 2, remove: 1}
+LOOKS = {
+    pop: ("get", 2),
+    pop_or_default: ("get", 2),
+    popitem: ("get", 2),
+    setdefault: ("get", 2),
+    remove: ("set_key", 1),
+}
 
 
 @pytest.mark.parametrize(
     ("moment", "batch_size", "buffered"),
     [
-        ("get", 1000, False),
-        ("get", 1, False),
+        ("look", 1000, False),
+        ("look", 1, False),
         ("putmulti", 1, False),
         ("putmulti", 1, True),
     ],
@@ -203,8 +209,8 @@ def test_what_is_written_between_the_look_and_the_write_is_not_lost(
     if buffered:
         store.put("key", old) if old else store.delete("key")
     store.batch_size = batch_size
-    number = LOOKS[call] if moment == "get" else 1
-    with ParkedAt(in_thread, moment, number, lambda: call(store)) as parked:
+    method, number = LOOKS[call] if moment == "look" else (moment, 1)
+    with ParkedAt(in_thread, method, number, lambda: call(store)) as parked:
         CHANGES[change][0](store)
         theirs = "new" if change == "put" else None
         assert store.get("key") == theirs  # does not wait, and is seen at once
@@ -236,7 +242,7 @@ def test_popitem_leaves_a_key_that_is_not_the_last_any_more(
     if known == "pending deletion":
         store.delete("z")
     store.batch_size = batch_size
-    with ParkedAt(in_thread, "get", LOOKS[popitem], store.popitem) as parked:
+    with ParkedAt(in_thread, *LOOKS[popitem], store.popitem) as parked:
         store["z"] = 4
         assert ("key" in store, "z" in store) == (True, True)
         assert parked.release() == ("z", 4)
@@ -245,7 +251,7 @@ def test_popitem_leaves_a_key_that_is_not_the_last_any_more(
 
 def test_popitem_minds_no_key_that_comes_before(store, in_thread):
     store.put_many({"key": 2})
-    with ParkedAt(in_thread, "get", LOOKS[popitem], store.popitem) as parked:
+    with ParkedAt(in_thread, *LOOKS[popitem], store.popitem) as parked:
         store["a"] = 1
         assert parked.release() == ("key", 2)
     assert list(store) == ["a"]

@@ -164,6 +164,12 @@ def test_a_finalizer_can_not_wait_for_a_snapshot_that_others_use(store, in_threa
         assert in_thread(lambda: snapshot["a"]).result() == 1
         with at_call("begin", lambda: snapshot["b"]) as results:  # has the buffer lock
             store.get_many(["a"])
+        assert results == [2]
+        with (
+            Parked(in_thread, "get", lambda: snapshot["a"]),
+            at_call("begin", lambda: snapshot["b"]) as results,
+        ):
+            store.get_many(["b"])
         assert results == [BusyError]
     with held(in_thread, store.snapshot()) as snapshot:
         with at_call("get", lambda: snapshot["b"]) as results:

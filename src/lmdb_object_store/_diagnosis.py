@@ -111,13 +111,11 @@ def _wrong_format(path: str, options: dict[str, Any]) -> str | None:
 
 def lock_error(path: str, options: dict[str, Any]) -> WrongFileError | None:
     """Return an error if others would use another lock file for the same data file."""
+    if options.get("subdir", True) or not options.get("lock", True):
+        return None
     directory, name = os.path.split(path)
-    if (
-        name != "data.mdb"
-        or options.get("subdir", True)
-        or not options.get("lock", True)
-        or not os.path.exists(os.path.join(directory, "lock.mdb"))
-    ):
+    lock = os.path.join(directory, "lock.mdb")
+    if name != "data.mdb" or not os.path.exists(lock):
         return None
     return WrongFileError(
         f"{path!r} is in a store, {directory!r}, whose lock file is lock.mdb. With "

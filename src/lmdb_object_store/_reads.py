@@ -142,20 +142,17 @@ def pick_none(begin: Begin) -> tuple[Any, None]:
     return begin(), None
 
 
-def pick_views(begin: Begin) -> tuple[Any, None]:
-    """Return a transaction that gives views of the map."""
-    return begin(None, None, False, True), None
-
-
-def is_stored(txn: Any, _: None, key: bytes, expected: Any) -> bool:
-    return is_as_expected(expected, txn.get(key))
+def is_stored(begin: Begin, key: bytes, expected: Any) -> bool:
+    """Return whether the value of `key` in the database is as expected."""
+    if expected is ANYTHING:
+        found: bool = begin().cursor().set_key(key)  # copies no value
+        return found
+    return is_as_expected(expected, begin().get(key))
 
 
 def is_as_expected(expected: Any, raw: Any) -> bool:
-    """Return whether `raw`, perhaps a view of the map, is the expected raw value."""
-    if expected is None or raw is None:
-        return expected is raw
-    return expected is ANYTHING or bytes(raw) == expected
+    """Return whether `raw` is the expected raw value, or None."""
+    return expected == raw or (expected is ANYTHING and raw is not None)
 
 
 def adjustment(txn: lmdb.Transaction[Any], pending: Batch) -> int:

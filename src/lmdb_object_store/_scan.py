@@ -247,6 +247,7 @@ class Tally(Pin):
         super().__init__()
         self._source = source
         self._keys = self._rest = keys
+        self._chunk_keys = _FIRST_CHUNK  # it reads beyond the end of a short range
         self._count = 0
         source.gate.pins.add(self)
 
@@ -279,7 +280,8 @@ class Tally(Pin):
         if rest == ALL:
             self._count += txn.stat()["entries"]
             return False
-        keys = list(islice(_entries(txn, rest, False, False), _MAX_KEYS))
+        keys = list(islice(_entries(txn, rest, False, False), self._chunk_keys))
+        self._chunk_keys = min(4 * self._chunk_keys, _MAX_KEYS)
         if keys and rest.holds(last := bytes(keys[-1])):
             self._count += len(keys)
             self._rest = rest.beyond(last, False)

@@ -36,11 +36,11 @@ from ._files import check_shared, writable_options
 from ._flusher import flusher
 from ._keys import KeyRange
 from ._locks import Action, poll, try_locked
-from ._reads import Source, is_as_expected, is_stored, last_key_of, pick_all, pick_views
+from ._reads import Source, is_as_expected, is_stored, last_key_of, pick_all
 from ._registry import Handle, Ref, Users
 from ._snapshot import SnapshotSource
 from ._timed_flush import TimedFlush
-from ._transaction import TransactionBlock
+from ._transaction import TransactionBlock, current_task
 from ._writer import Writer, as_writer, log
 from .exceptions import BusyError, GrowthError, ReplacedError
 
@@ -71,6 +71,8 @@ class SharedStore(Source):
         self.check_open = self.committer.check_open
         self.users = Users(self.pending, self._abandon)
         self.read = self.environment.read
+        self.holds = self.environment.holds
+        self.fetch = self.environment.fetch  # type: ignore[method-assign]
         # Guarded by the fork lock.
         self.at_rest = False  # whether, at a fork, no call of LMDB is running
         self.unsound = False  # in a child: whether it can never be used or closed
@@ -190,7 +192,9 @@ class SharedStore(Source):
         """Return whether the stored value of `key`, or `pending`, is as expected."""
         if pending is not ABSENT:
             return is_as_expected(expected, pending)
-        return self._view_as_writer(pick_views, is_stored, key, expected)
+        environment = self.environment
+        repair = environment.repair_as_writer
+        return environment.retry(repair, is_stored, key, expected)
 
     def _view_as_writer(self, pick: Pick, action: Action[_R], *args: Any) -> _R:
         environment, pending = self.environment, self.pending
@@ -280,16 +284,17 @@ class SharedStore(Source):
 
     def current_block(self) -> TransactionBlock | None:
         """Return the transaction block that this thread is in, if any."""
-        block = cast("TransactionBlock | None", self.pending.block)
-        if block is None or not block.is_here():
+        block: Any = self.pending.block
+        if block is None or block.thread != get_ident():
             return None
         if block.state is State.ORPHANED:
             block.finish_orphan()
             return None
         if block.state not in (State.OPEN, State.INHERITED):
             return None  # it begins or ends: a signal handler or finalizer is here
-        block.check()
-        return block
+        if block.state is State.INHERITED or current_task() is not block.task:
+            block.check()
+        return block  # type: ignore[no-any-return]
 
     def open_snapshot(self, snapshot: SnapshotSource) -> None:
         """Open a snapshot, which has the pending writes, too."""

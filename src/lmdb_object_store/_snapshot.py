@@ -166,8 +166,7 @@ class SnapshotSource(Source):
                 raise self.closed_error()
             if self._lock_free:
                 return get(key)
-            self._check_locks(outer)
-            return locked(self.pending.lock, self._fetch, key)
+            return self._fetch(key, outer)
         except _DAMAGED as error:
             raise damaged_error(self.environment.files.data, str(error)) from error
         finally:
@@ -179,7 +178,22 @@ class SnapshotSource(Source):
             finally:
                 pass
 
-    def _fetch(self, key: bytes) -> Any:
+    def _fetch(self, key: bytes, outer: bool | None) -> Any:
+        """Fetch under the lock: by `locked` only if another thread has it just now."""
+        lock: Any = self.pending.lock
+        if not lock._is_owned():
+            try:
+                if lock.acquire(False):
+                    return self._get_now(key)
+            finally:
+                try:  # as in `locked`
+                    lock.release()
+                except RuntimeError:
+                    pass
+            self._check_locks(outer)
+        return locked(lock, self._get_now, key)
+
+    def _get_now(self, key: bytes) -> Any:
         get = self._get  # again, as `close` may have come before the lock
         if get is None:
             raise self.closed_error()

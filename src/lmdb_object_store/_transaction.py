@@ -17,21 +17,23 @@ from ._buffer import ABSENT, Batch, Limits, State, WriteBuffer
 from ._commit import Committer
 from ._environment import Pick
 from ._keys import KeyRange
-from ._reads import Source, is_as_expected, is_stored, last_key, pick_none, pick_views
+from ._reads import Source, is_as_expected, is_stored, last_key, pick_none
 from ._scan import Scan
 from ._scope import Scope
-from ._values import LARGE, unpickle
 from .exceptions import BusyError, ClosedError
 
 _R = TypeVar("_R")
 _T = TypeVar("_T")
 
 _CHUNK_KEYS = 512
+_CLOSED = (State.ORPHANED, State.INHERITED, State.CLOSED)
 
 
 def current_task() -> object:
     """Return the asyncio task that this thread is running, if any."""
     asyncio: Any = sys.modules.get("asyncio")
+    if asyncio is None:
+        return None
     # Cheap where no loop runs, unlike current_task. Absent while asyncio is imported.
     running_loop = getattr(asyncio, "_get_running_loop", None)
     if running_loop is None or running_loop() is None:
@@ -81,7 +83,7 @@ class TransactionBlock(Source):
     @property
     def closed(self) -> bool:
         """Whether nothing can be read or written in the block any more."""
-        return self.state in (State.ORPHANED, State.INHERITED, State.CLOSED)
+        return self.state in _CLOSED
 
     def closed_error(self) -> ClosedError:
         return ClosedError(
@@ -91,9 +93,9 @@ class TransactionBlock(Source):
 
     def check(self) -> None:
         """Raise if this is no place for operations of the block."""
-        if self.closed:
+        if self.state in _CLOSED:
             raise self.closed_error()
-        if not self.is_here() or current_task() is not self.task:
+        if self.thread != get_ident() or current_task() is not self.task:
             raise BusyError(
                 "A transaction block is open, and this is another asyncio task, or "
                 "another thread, than the one that it belongs to. Don't await inside "
@@ -253,25 +255,11 @@ class TransactionBlock(Source):
         self.check()
         return super().fetch(key)
 
-    def read(self, key: bytes, default: Any, exists_only: bool = False) -> Any:
-        """Do the same as `Environment.read`."""
-        # The block's own transaction shows the same state, and need not be begun.
-        environment, gate, txn = self.environment, self.gate, self.txn
-        if txn is None or gate.large_seen:
-            return environment.read(key, default, exists_only)
-        try:
-            raw: bytes | None = gate.read(txn.get, key)
-        except lmdb.Error:  # the environment is out of action
-            return environment.read(key, default, exists_only)
-        if raw is None:
-            return default
-        if exists_only:
-            return True
-        if len(raw) >= LARGE:
-            gate.large_seen = True
-            raw = None  # unpickle without a copy beside the object
-            return environment.read(key, default)
-        return unpickle(gate, key, raw, False)
+    def read(self, key: bytes, default: Any) -> Any:
+        return self.environment.read(key, default, self)
+
+    def holds(self, key: bytes) -> bool:
+        return self.environment.holds(key)
 
     # Writes: those of `SharedStore`, but kept for the end of the block
 
@@ -293,7 +281,9 @@ class TransactionBlock(Source):
         while True:
             pending = self.pending.entries.get(key, ABSENT)
             if pending is ABSENT:
-                fits = self.view(pick_views, is_stored, key, expected)
+                environment = self.environment
+                repair = environment.repair
+                fits = environment.retry(repair, is_stored, key, expected)
             else:
                 fits = is_as_expected(expected, pending)
             if not fits:

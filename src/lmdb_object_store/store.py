@@ -250,7 +250,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         source: Any = self._shared
         pending = self._pending
         if pending.block is not None:
-            source = source.current()
+            source = source.current_block() or source
             pending = source.pending
         entries = pending.entries
         if entries:
@@ -278,7 +278,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             return pending is not None
         if flush is None and source.pending.entries and self.autoflush_on_read:
             source.flush_for_read()
-        return source.read(encoded, False, True) is True
+        return source.holds(encoded)
 
     def __contains__(self, key: Any) -> bool:
         """Return whether there is a value under `key`. Never flushes.
@@ -295,14 +295,14 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         source: Any = self._shared
         pending = self._pending
         if pending.block is not None:
-            source = source.current()
+            source = source.current_block() or source
             pending = source.pending
         entries = pending.entries
         if entries:
             raw = entries.get(key, ABSENT)
             if raw is not ABSENT:
                 return raw is not None
-        return source.read(key, False, True) is True
+        return source.holds(key)  # type: ignore[no-any-return]
 
     def __bool__(self) -> bool:
         """Return whether there is any entry. Never flushes."""
@@ -429,7 +429,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         if isinstance(keys, StoreKeysView) and keys.is_of(self._shared.gate):
             return target.delete_range(keys.range)
         refuse_single("delete_many", keys)
-        return target.delete_many(set(map(self._codec.encode, keys)))
+        return target.delete_many(set(self._encoded(keys)))
 
     def clear(self) -> None:
         """Delete everything, in one transaction, as `delete_many` does."""
