@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from itertools import count, pairwise
 
 import lmdb
 import pytest
 
 from conftest import PATIENCE
+from lmdb_object_store import GrowthError
 
 KIB, MIB = 2**10, 2**20
 SMALL_MAP = 16 * mmap.PAGESIZE
@@ -302,6 +304,36 @@ def test_growth_by_the_code_of_an_unpickling(open_store, growths, monkeypatch, r
     before = len(growths())
     assert read(store) == values
     assert len(growths()) == before + 3
+
+
+@pytest.mark.parametrize("cap", [None, MIB])
+def test_threads_that_read_without_a_pause_hold_up_no_growth_and_no_rollback(
+    open_store, in_thread, cap
+):
+    store = open_store(map_size=SMALL_MAP, max_map_size=cap, sync=False)
+    store.put_many({b"%d" % number: number for number in range(100)})
+    done = threading.Event()
+
+    def read():
+        while not done.is_set():
+            for number in range(100):
+                assert store[b"%d" % number] == number
+
+    readers = [in_thread(read) for _ in range(3)]
+    try:
+        for number in range(10):
+            with suppress(KeyError), store.transaction():
+                store[b"0"] = -1
+                raise KeyError
+            values = {b"large %d" % n: bytes(5 << number << 10) for n in range(50)}
+            with suppress(GrowthError):
+                store.put_many(values)
+            with suppress(GrowthError), store.transaction():
+                store.put_many(values)
+    finally:
+        done.set()
+    for reader in readers:
+        reader.result()
 
 
 def test_growth_while_the_items_of_put_many_come_slowly(open_store, in_thread, growths):

@@ -9,6 +9,7 @@ import gc
 import logging
 import mmap
 import operator
+import os
 import pathlib
 import pickle
 import random
@@ -836,6 +837,31 @@ def test_another_process_reads_the_state_before(store, process):
         assert process.ask("dict(store)") == START
         assert process.ask("store['a'], len(store), 'q' in store") == (1, 7, False)
     assert process.ask("store['a']") == 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pipe that holds up a copy")
+def test_a_rollback_waits_for_no_copy_of_the_environment(store, in_thread):
+    store["large"] = bytes(MIB)
+    store.flush()
+    reading, writing = os.pipe()
+    copying = in_thread(lambda: store.env.copyfd(writing))
+    os.read(reading, 1)  # it has begun
+
+    def undone():
+        with suppress(Abort), store.transaction():
+            store["large"] = 0
+            raise Abort
+
+    in_thread(undone).result()
+    assert copying.running
+    draining = in_thread(
+        lambda: [None for _ in iter(lambda: os.read(reading, MIB), b"")]
+    )
+    copying.result()
+    os.close(writing)
+    draining.result()
+    os.close(reading)
+    assert store["large"] == bytes(MIB)
 
 
 @pytest.mark.parametrize("undone", [False, True], ids=["committed", "undone"])

@@ -9,8 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
+import weakref
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 import lmdb
@@ -265,19 +269,30 @@ class Committer:
         self, begin: Begin, work: Work[_R], parent: Any = None, commit: bool = True
     ) -> _R:
         environment = self.environment
-        txn = begin(None, parent, True)
+        committed = False
+        outer = sys.exc_info()[1]
+        txn: Any = begin(None, parent, True)
         try:
+            parent = None  # see `_keep_reserve`
             # First, as LMDB can abort on what writers without a common lock have left.
             environment.files.check_lock()
             result = work(txn)
             if commit:
                 size = environment.files.check_data()  # as late as can be
                 txn.commit()
+                committed = True
         finally:
             try:
-                txn.abort()  # does nothing after the commit
+                if not committed:  # abort as `drop_transaction` does
+                    if (block := self.buffer.block) is not None:
+                        block.committed = None
+                    _forget_calls(sys.exc_info()[1], outer)
+                    txn = weakref.proxy(txn)
             finally:
-                pass
+                try:
+                    txn.abort()  # does nothing after the commit
+                except ReferenceError:
+                    pass  # the transaction is gone
         if commit:
             environment.fill_file(size)
         return result
@@ -298,6 +313,10 @@ class Committer:
         txn, block.txn = block.txn, None
         block.committed = txn
         return txn
+
+    def check_block(self) -> None:
+        """Raise if others have written since the block began, which ends now."""
+        self._transact(self.begin, bool, commit=False)
 
     def _or_wait(self, work: Work[_R], txn: Transaction) -> _R:
         """Do `work`, of a block; wait for open snapshots if the map has to grow.
@@ -355,14 +374,15 @@ class Committer:
                 pages = max(8, self.map.reserve() // share)
             txn.cursor().putmulti([(_spare_key(n), filler) for n in range(pages)])
 
-        begin, parent = self.begin, None
         block = self.buffer.block
         nests = not self.environment.options.get("writemap")  # LMDB can't with it
-        if block and block.state is State.ENDING and block.txn and nests:
-            # Else LMDB's lock would be given up between the rehearsal and the work.
-            begin, parent = self.environment.begin, block.txn
         rehearsal = partial(self._or_wait, work_and_fill) if block else work_and_fill
-        self._transact(begin, rehearsal, parent, commit=False)
+        if block and block.state is State.ENDING and block.txn and nests:
+            # Else LMDB's lock would be given up between the rehearsal and the work. No
+            # variable keeps the transaction: see `drop_transaction`.
+            self._transact(self.environment.begin, rehearsal, block.txn, commit=False)
+        else:
+            self._transact(self.begin, rehearsal, commit=False)
 
     def _recycle(self) -> bool:
         """At the cap, make the pages usable that the last commit has freed.
@@ -381,6 +401,23 @@ class Committer:
             self.buffer.block.id += 1
         self._recycled = self._info("last_txnid")
         return True
+
+
+def _forget_calls(error: BaseException | None, outer: BaseException | None) -> None:
+    """Clear the variables of calls of this package that `error`, not `outer`, ended."""
+    while error is not None and error is not outer:
+        traceback = error.__traceback__
+        while traceback is not None:
+            frame = traceback.tb_frame
+            if frame.f_globals.get("__package__") == __package__:
+                with suppress(RuntimeError):  # the call goes on
+                    frame.clear()
+            traceback = traceback.tb_next
+        error = error.__context__
+
+
+def _only(batch: Batch, keys: Collection[bytes]) -> Batch:
+    return {key: raw for key, raw in batch.items() if key in keys}
 
 
 def _without(batch: Batch, keys: Collection[bytes]) -> Batch:

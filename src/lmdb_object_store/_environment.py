@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pickle import loads
 from threading import get_ident
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import lmdb
 
@@ -54,6 +55,22 @@ UNSOUND = (
     "in a transaction block where the system doesn't allow that. Fork at another time, "
     "or start the process by spawn"
 )
+
+
+def drop_transaction(block: OpenBlock) -> None:
+    """Abort the write transaction of `block`, by letting go of it.
+
+    py-lmdb's abort() waits until no other call in the environment is running: for ever,
+    where two threads read without a pause, and while the user copies the environment.
+    """
+    txn: Any = weakref.proxy(cast("lmdb.Transaction[Any]", block.txn))
+    try:
+        block.txn = None
+    finally:
+        try:
+            txn.abort()  # if a debugger, say, refers to it
+        except ReferenceError:
+            pass  # the transaction is gone
 
 
 class StandIn:
@@ -379,8 +396,7 @@ class Environment:
             self.writer.await_snapshots()
             block = self.writer.buffer.block
             if block is not None and block.state is State.ENDING and block.txn:
-                block.txn.abort()
-                block.txn = None
+                drop_transaction(block)
             moved = self.writer.exclusive(self._move, action, args)
 
     def _move(self, action: Action[None], args: Args) -> bool:
@@ -446,7 +462,7 @@ class Environment:
             self.files.extend((last_page + 1) * self.page_size)
         finally:
             try:
-                txn.abort()
+                del txn  # see `drop_transaction`
             finally:
                 pass
 

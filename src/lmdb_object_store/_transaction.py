@@ -15,7 +15,7 @@ import lmdb
 
 from ._buffer import ABSENT, Batch, Limits, State, WriteBuffer
 from ._commit import Committer
-from ._environment import Pick
+from ._environment import Pick, drop_transaction
 from ._keys import KeyRange
 from ._reads import Source, is_as_expected, is_stored, last_key, pick_none
 from ._scan import Scan
@@ -122,8 +122,7 @@ class TransactionBlock(Source):
             self.id = self.txn.id()
             if committer.buffer.open_block(self):
                 return
-            self.txn.abort()  # a signal handler has put something
-            self.txn = None
+            drop_transaction(self)  # a signal handler has put something
 
     def leave(self, savepoint: Batch, failure: type[BaseException] | None) -> None:
         """End a ``with`` statement: commit if it is the outermost, or undo."""
@@ -176,7 +175,7 @@ class TransactionBlock(Source):
         if self.pending.entries:
             self._committer.commit(self.pending.entries)
         elif self.txn is None:  # the environment was reopened
-            self._committer.begin().abort()
+            self._committer.check_block()
 
     def _undo(self) -> None:
         """Undo the changes of the innermost statement: again after an interrupt."""
@@ -208,7 +207,8 @@ class TransactionBlock(Source):
         self.state = State.CLOSED
         try:
             if self.txn is not None:
-                self.gate.read(self.txn.abort)  # a fork must not come in the midst
+                # A fork must not come in the midst.
+                self.gate.read(drop_transaction, self)
         finally:
             try:
                 self._committer.buffer.end_block(self)

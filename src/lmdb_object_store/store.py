@@ -737,7 +737,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         ClosedError once the store is closed. After an I/O error another object may
         take its place, and after an opening for writing. Your own transactions must
         end before the map grows, which invalidates them, and before a fork: in the
-        child they would end for both. In a write transaction of your own call no
+        child they would end for both. A call of yours in the moment of growth raises
+        `lmdb.InvalidParameterError`. In a write transaction of your own call no
         method of the store: other threads flush, and would wait for its end.
         """
         env: lmdb.Environment = self._shared.environment.awake()
