@@ -258,7 +258,7 @@ def test_deleting_several_at_once_leaves_room_to_delete(
 @pytest.mark.parametrize(
     ("size", "counts"),
     [
-        (4 * KIB // 3, range(200, 254)),  # one in each leaf, though two could be
+        (4 * KIB // 3, range(400, 454)),  # two in each leaf
         (4 * KIB - 10, range(100, 130)),  # two pages, for the header of the first
     ],
     ids=["leaves", "pages"],

@@ -49,8 +49,21 @@ class OpenBlock(Protocol):
 class WriteBuffer:
     """Pending writes by key, in the order in which the keys came.
 
-    All changes are made under `lock`. Under it no lock is taken but the flusher's, no
-    user code is run, and of LMDB's calls only one, which begins a read transaction.
+    All changes are made under `lock`, but for those of most puts. Under it no lock is
+    taken but the flusher's, no user code is run, and of LMDB's calls only one, which
+    begins a read transaction.
+
+    `LmdbObjectStore.put` looks at `accepts`, stores and counts in one run of bytecodes
+    that no other thread can interrupt (see `_locks`). So a put needs no lock: it comes
+    before or after
+
+    - whatever compares and takes out in such a run, too, as `remove` does,
+    - whatever sets `accepts` to False *before* it looks at the entries.
+
+    Without the GIL all puts go by the lock. (A trace function written in Python, as of
+    a debugger, lets other threads run between any two lines. Under such a tracer a put
+    can come into the midst of the two above, and be lost in the close of another
+    thread.)
     """
 
     def __init__(self, *refusals: str) -> None:
@@ -181,22 +194,22 @@ class WriteBuffer:
         return False
 
     @under_lock
-    def remove(self, pending: Batch, committed: Batch) -> None:
-        """Take out the writes that were `pending` when the commit of `committed` began.
+    def remove(self, written: Batch) -> None:
+        """Take out writes that a commit has written, or refused for good.
 
         Puts went on meanwhile: only entries that are still the same object go.
         """
         # Between comparing and taking out there is no call and no allocation, so no put
         # of a signal handler or finalizer comes between.
         empty: Batch = {}
-        if committed.keys() >= pending.keys() and self.entries == pending:
+        if self.entries == written:
             self.entries = empty
             self.size = 0
             self.removals += 1
             return
         entries = self.entries
-        for key, raw in pending.items():
-            if key in committed and key in entries and entries[key] is raw:
+        for key, raw in written.items():
+            if key in entries and entries[key] is raw:
                 del entries[key]
                 self.removals += 1
         self.size = size_of(dict(entries))

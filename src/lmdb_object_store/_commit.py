@@ -73,6 +73,7 @@ class Committer:
         batch = {**pending, **extra} if extra else pending
         if not batch:
             return
+        written = pending
         try:
             self.commit(batch)
         except SnapshotOpenError:
@@ -80,11 +81,12 @@ class Committer:
         except GrowthError:
             if None not in batch.values():
                 raise
-            batch = self._commit_in_parts(pending, batch, extra or {})
+            done = self._commit_in_parts(pending, batch, extra or {})
+            written = _only(pending, done)
         except NamedDatabaseError as error:
             self._flush_others(error, pending, extra or {})
             return
-        self.buffer.remove(pending, batch)
+        self.buffer.remove(written)
 
     def _flush_others(
         self, error: NamedDatabaseError, pending: Batch, extra: Batch
@@ -94,11 +96,11 @@ class Committer:
         Raises if that of `extra` is refused. For the others, see `tell_refused`: what
         flushes just now may have nothing to do with them.
         """
-        refused = {key: pending[key] for key in error.keys & pending.keys()}
+        refused = _only(pending, error.keys)
         if refused:
             self.buffer.refused = {**self.buffer.refused, **refused}
             self.writer.log_later(logging.ERROR, str(error))
-        self.buffer.remove(pending, refused)
+        self.buffer.remove(refused)
         self.flush(_without(extra, error.keys), _without(pending, error.keys))
         if error.keys & extra.keys():
             raise error
@@ -121,7 +123,7 @@ class Committer:
         wanted: Batch = {key: None for key in extra if batch[key] is None}
         for part in filter(None, (deletions, wanted)):
             self._commit_deletions(sorted(part))
-            self.buffer.remove(pending, part)
+            self.buffer.remove(_only(pending, part))
         puts: Batch = {key: raw for key, raw in batch.items() if raw is not None}
         try:
             self.commit(puts)
@@ -151,11 +153,11 @@ class Committer:
         with the keys at fault.
         """
         deletions: list[bytes] = []
-        keys = sorted(batch)
-        if None in batch.values():
-            deletions = [key for key in keys if batch[key] is None]
-            keys = [key for key in keys if batch[key] is not None]
-        puts = list(zip(keys, map(batch.__getitem__, keys), strict=True))
+        stored: Batch = batch
+        if not all(batch.values()):  # three times as fast as `None in`
+            stored = {key: raw for key, raw in batch.items() if raw is not None}
+            deletions = sorted(batch.keys() - stored.keys())
+        puts = sorted(stored.items(), key=itemgetter(0))  # faster than whole pairs
         work = partial(_apply, deletions=deletions, puts=puts)
         try:
             self.write(work, batch, len(batch), 1 if puts else 2)
@@ -229,12 +231,12 @@ class Committer:
 
         try:
             existed = self.write(erase, {}, count, None)
-            self.buffer.remove(pending, erased)
+            self.buffer.remove(erased)
         except BaseException:
             # A KeyboardInterrupt may have come after the commit.
             handle = self.environment.handle
             if after == [handle.info()["last_txnid"], handle.stat()["entries"]]:
-                self.buffer.remove(pending, erased)
+                self.buffer.remove(erased)
             raise
         return existed
 
@@ -429,7 +431,10 @@ def _apply(
 ) -> None:
     for key in deletions:
         txn.delete(key)
-    txn.cursor().putmulti(puts)
+    cursor = txn.cursor()
+    # Beyond the last key no place is searched for, and leaves are filled to the brim.
+    append = bool(puts) and not (cursor.last() and cursor.key() >= puts[0][0])
+    cursor.putmulti(puts, True, True, append)
 
 
 def _perhaps_names(txn: Transaction, keys: Collection[bytes]) -> list[bytes]:
