@@ -50,6 +50,9 @@ GETS_MANY = "pick"  # values for `get_many`
 LOOKS_BEFORE_POP = "is_stored"  # at the value that `pop` is about to take
 KEEPS_TRANSACTION = "is_pinned"  # for the values of `get_many`, while user code runs
 
+# The function that the flusher calls before it forgets a store.
+TURNS_AWAY = "refuse"
+
 # The function that returns just before a put takes its place in the buffer.
 SIZES_RECORD = "size_of"
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from enum import Enum
 from itertools import islice
 from threading import RLock
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import lmdb
 
-from ._locks import under_lock
+from ._locks import Action, locked, under_lock
 from ._map_size import MAX_VALUE
+
+_R = TypeVar("_R")
 
 Batch = dict[bytes, bytes | None]
 """Writes, in a buffer or of one transaction: raw values by key; None deletes a key."""
@@ -20,6 +23,8 @@ Limits = tuple[int, int]
 ABSENT: Any = object()
 """In place of a raw value: nothing is pending under the key."""
 _ATTEMPTS = 100  # of `delete_last`, where other threads put all the time
+_HELD = frozenset({"held"})
+_HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class State(Enum):
@@ -74,9 +79,10 @@ class WriteBuffer:
         self.max_value = MAX_VALUE  # bytes of the largest value that can be written
         self.block: OpenBlock | None = None  # also while it begins and ends
         # Why a put may not just buffer: "readonly", "transaction", "closing",
-        # "exiting", and "unwatched": the flusher has to be told of the first write.
-        self.refusals = set(refusals)
-        self.accepts = not refusals
+        # "exiting", "held": see `hold_still`, "unwatched": the flusher has to be told
+        # of the first write, and "threads": they interrupt each other anywhere.
+        self.refusals = set(refusals) if _HAS_GIL else {*refusals, "threads"}
+        self.accepts = not self.refusals
         self.watch: Callable[[], bool] = bool  # tells the flusher, if that runs
         self.refused: Batch = {}  # the writes that a flush has refused by themselves
         self.lost: Batch = {}  # the entries that a failed close has left
@@ -91,6 +97,25 @@ class WriteBuffer:
         self.refusals.discard(reason)
         self.accepts = not self.refusals
 
+    def hold_still(self, action: Action[_R], *args: Any) -> _R:
+        """Call `action` while no other thread puts a write here or takes one out."""
+        result: _R = locked(self.lock, self._hold_still, action, args)
+        return result
+
+    def _hold_still(self, action: Action[_R], args: tuple[Any, ...]) -> _R:
+        if "held" in self.refusals:  # by this thread, which has the lock
+            return action(*args)
+        try:
+            self.accepts = False
+            self.refusals |= _HELD
+            return action(*args)
+        finally:
+            try:  # without a call, so that no interrupt leaves a half of this undone
+                self.refusals -= _HELD
+                self.accepts = not self.refusals
+            finally:
+                pass
+
     def watch_first(self) -> None:
         """Have the write that comes next flushed in time. Under the lock."""
         if "unwatched" in self.refusals and self.watch():
@@ -99,9 +124,10 @@ class WriteBuffer:
     @under_lock
     def unwatch(self) -> bool:
         """Let the flusher forget the buffer unless something is pending."""
-        if self.entries:
-            return False
         self.refuse("unwatched")
+        if self.entries:
+            self.allow("unwatched")
+            return False
         return True
 
     def is_full(self, limits: Limits, count: int, size: int) -> bool:
@@ -200,7 +226,7 @@ class WriteBuffer:
         Puts went on meanwhile: only entries that are still the same object go.
         """
         # Between comparing and taking out there is no call and no allocation, so no put
-        # of a signal handler or finalizer comes between.
+        # of another thread, a signal handler or a finalizer comes between.
         empty: Batch = {}
         if self.entries == written:
             self.entries = empty
@@ -212,7 +238,9 @@ class WriteBuffer:
             if key in entries and entries[key] is raw:
                 del entries[key]
                 self.removals += 1
-        self.size = size_of(dict(entries))
+        before = self.size  # a put that comes from here on may be counted twice
+        left = size_of(dict(entries))
+        self.size += left - before
 
     def give_up(self) -> None:
         """Keep the entries as lost, for the environment is closed."""
@@ -242,7 +270,7 @@ class WriteBuffer:
         entries = self.entries
         try:
             return list(islice(reversed(entries), max(0, len(entries) - start)))
-        except RuntimeError:  # the put of a signal handler or a finalizer came between
+        except RuntimeError:  # a put came between
             return list(entries)[start:]
 
 

@@ -23,7 +23,7 @@ import lmdb
 from . import _files
 from ._buffer import OpenBlock, State, WriteBuffer
 from ._diagnosis import DAMAGED, explained
-from ._locks import Action, Args, held_here, locked, poll
+from ._locks import Action, Args, held_here, poll
 from ._registry import registry
 from ._values import CHUNK_BYTES, LARGE, LargeValue, is_blob, unpickle, unpickle_error
 from ._writer import Writer
@@ -236,15 +236,14 @@ class Environment:
     ) -> Any:
         """Call ``action(txn, picked, *args)`` with a transaction; see `retry`.
 
-        ``pick(begin)`` returns both. It is called under the lock of `pending`: a put
-        waits for the lock, and a flush takes nothing out of the buffer without it. So
-        both show one moment. The transaction ends with the view, unless a pin goes on
-        with it.
+        ``pick(begin)`` returns both. It is called while no other thread puts a write
+        into `pending` or takes one out. So both show one moment. The transaction ends
+        with the view, unless a pin goes on with it.
         """
         txn: Any = None
         pinned = False
         try:
-            txn, picked = locked(pending.lock, pick, begin)
+            txn, picked = pending.hold_still(pick, begin)
             result = action(txn, picked, *args)
             pinned = bool(self.gate.pins.refs) and self.gate.is_pinned(txn)
             return result

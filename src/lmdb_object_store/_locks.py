@@ -16,7 +16,7 @@ can raise, as Ctrl-C does. The versions differ:
   there leaves the lock held for good.
 
 So no lock is taken by ``with``. `locked` and `try_locked` take all of them, except in
-`LmdbObjectStore.put`, to save the calls, and in `Gate.pause` and the handlers of
+`SnapshotSource.fetch`, to save the calls, and in `Gate.pause` and the handlers of
 `_fork`, which keep locks over a fork. And all that must be undone is begun and ended in
 one function, which gets the work in between as a callable: a context manager written in
 Python can be interrupted when it has entered and its block has not begun.

@@ -339,35 +339,29 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             The error of pickling `obj`.
         """
         encoded: Any = key
-        if type(encoded) is not bytes or not 0 < len(encoded) <= self._max_key:
+        size = len(encoded) if type(encoded) is bytes else 0
+        if not 0 < size <= self._max_key:
             encoded = self._codec.encode(encoded)
+            size = len(encoded)
         pending = self._pending
         try:
             raw = dumps(obj, HIGHEST_PROTOCOL)
         except Exception as error:
             note_key(error, encoded)
             raise
-        size = len(raw)
-        if size > pending.max_value:
-            raise value_error(encoded, size, self.max_map_size)
-        size += len(encoded)
-        if pending.accepts:
-            count = len(pending.entries)
-            lock = pending.lock
-            try:  # as in `locked`
-                lock.acquire()
-                # From here to the return there is no call: a signal handler that comes
-                # now could flush, and wait for a thread that waits for this lock.
-                total = pending.size + size
-                if count < self._room and total < self._batch_bytes and pending.accepts:
-                    pending.entries[encoded] = raw
-                    pending.size = total
-                    return
-            finally:
-                try:
-                    lock.release()
-                except RuntimeError:
-                    pass
+        value_size = len(raw)
+        if value_size > pending.max_value:
+            raise value_error(encoded, value_size, self.max_map_size)
+        size += value_size
+        count = len(pending.entries)
+        # From here to the return there is no call, and no jump that is taken: one step
+        # for other threads, signal handlers and finalizers. See `WriteBuffer`.
+        if pending.accepts and count < self._room:
+            total = pending.size + size
+            if total < self._batch_bytes:
+                pending.entries[encoded] = raw
+                pending.size = total
+                return
         self._target().write(encoded, raw, self._limits)
 
     __setitem__ = put
@@ -406,7 +400,20 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     def delete(self, key: _K) -> None:
         """Delete the value of `key`, if there is one. Buffered, like `put`."""
-        encoded = self._codec.encode(key)
+        encoded: Any = key
+        size = len(encoded) if type(encoded) is bytes else 0
+        if not 0 < size <= self._max_key:
+            encoded = self._codec.encode(encoded)
+            size = len(encoded)
+        pending = self._pending
+        count = len(pending.entries)
+        # As in `put`.
+        if pending.accepts and count < self._room:
+            total = pending.size + size
+            if total < self._batch_bytes:
+                pending.entries[encoded] = None
+                pending.size = total
+                return
         self._target().write(encoded, None, self._limits)
 
     def __delitem__(self, key: _K) -> None:
