@@ -453,9 +453,9 @@ def test_fork_while_other_threads_do_everything(run, lib_version):
 def test_a_fork_waits_for_a_commit_and_reads_go_on_meanwhile(
     open_store, in_thread, method
 ):
-    store = open_store()
+    store = open_store(sync=False)
     store.put_many({b"key": 1})
-    action = {"sync": lambda: open_store().close()}.get(
+    action = {"sync": lambda: open_store(sync=False).close()}.get(
         method, lambda: store.put_many({b"key": 2})
     )
 

@@ -193,14 +193,35 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("mode", ["sync", "metasync", "readonly"])
-def test_close_syncs_what_can_be_written(open_store, calls, mode):
-    open_store().close()
-    calls.clear()
-    store = open_store(**{mode: mode == "readonly"})
+@pytest.mark.parametrize(
+    ("options", "syncs"),
+    [
+        ({"sync": False}, ["sync(True)"]),
+        ({"metasync": False}, ["sync(True)"]),
+        ({"writemap": True, "map_async": True, "lib_version": 0}, ["sync(True)"]),
+        ({}, ["sync(True)"] if sys.platform == "darwin" else []),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("written", [True, False])
+def test_close_syncs_what_is_not_durable_yet(
+    open_store, calls, options, syncs, written
+):
+    store = open_store(**options)
+    if written:
+        store[b"a"] = 1
     calls.clear()
     store.close()
-    assert calls == (["close"] if mode == "readonly" else ["sync(True)", "close"])
+    assert calls == [*(syncs if written else []), "close"]
+
+
+def test_close_syncs_what_was_written_by_the_environment_itself(open_store, calls):
+    store = open_store(sync=False)
+    with store.env.begin(write=True) as txn:
+        txn.put(b"a", b"1")
+    calls.clear()
+    store.close()
+    assert calls == ["sync(True)", "close"]
 
 
 def test_close_syncs_though_the_final_flush_fails(open_store, calls):

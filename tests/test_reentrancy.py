@@ -708,7 +708,7 @@ def test_puts_of_a_signal_handler_are_not_lost_among_long_commits(open_store):
 
 
 def test_puts_of_a_signal_handler_while_the_store_is_closed(open_store):
-    store = open_store()
+    store = open_store(sync=False)
     store[b"a"] = 1
     with at_call("sync", lambda: store.put(b"b", 2)) as results:
         store.close()

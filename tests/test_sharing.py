@@ -894,7 +894,8 @@ def test_each_close_flushes_and_syncs(open_store, in_thread, lib_version, sync):
         stores[-1][b"%d" % number] = number
         calls = calls_of(in_thread, store.close)
         last = store is stores[-1]
-        assert calls == (["sync", "close"] if last else ["sync"])
+        # A commit is durable by itself, unless the store was opened with sync=False.
+        assert calls == ["sync"] * (not sync) + ["close"] * last
         if not last:
             assert stores[-1].write_buffer == {}
             assert env.stat()["entries"] == number + 1
@@ -1073,12 +1074,12 @@ def test_threads_open_and_close_while_one_store_goes_on(hasty, tmp_path, open_st
 def test_opening_waits_for_the_end_of_a_last_close(
     open_store, in_thread, lib_version, method
 ):
-    store = open_store(lib_version=lib_version)
+    store = open_store(lib_version=lib_version, sync=False)
     store.put_many({b"a": 1})
     store[b"pending"] = 2
     old = store.env
     with Parked(in_thread, method, store.close) as closing:
-        opening = [in_thread(open_store) for _ in range(2)]
+        opening = [in_thread(lambda: open_store(sync=False)) for _ in range(2)]
         for thread in opening:
             thread.wait_until_in("__init__")
             assert thread.running
@@ -1093,10 +1094,10 @@ def test_opening_waits_for_the_end_of_a_last_close(
 
 @pytest.mark.parametrize("method", ["putmulti", "sync"])
 def test_opening_waits_for_no_close_of_another_store(open_store, in_thread, method):
-    store, other = open_store(), open_store()
+    store, other = open_store(sync=False), open_store(sync=False)
     store[b"a"] = 1
     with Parked(in_thread, method, store.close) as closing:
-        third = open_store()
+        third = open_store(sync=False)
         assert third.env is other.env
         assert third.get(b"a") == 1
         third[b"b"] = 2
@@ -1126,7 +1127,7 @@ def test_a_file_that_two_threads_open_at_once_is_opened_once(open_store, in_thre
 def test_a_store_that_is_being_closed_can_be_dropped_meanwhile(
     tmp_path, open_store, in_thread, method
 ):
-    store = LmdbObjectStore(tmp_path / "db")
+    store = LmdbObjectStore(tmp_path / "db", sync=False)
     store[b"a"] = 1
     env = store.env
     with Parked(in_thread, method, store.close) as closing:
@@ -1268,7 +1269,10 @@ def test_a_finalizer_opens_and_drops_stores_in_the_midst_of_opening_and_closing(
 def test_the_last_store_is_dropped_in_the_midst_of_closing_another(
     tmp_path, open_store, in_thread, method
 ):
-    store, holder = open_store(), [LmdbObjectStore(tmp_path / "db")]
+    store, holder = (
+        open_store(sync=False),
+        [LmdbObjectStore(tmp_path / "db", sync=False)],
+    )
     store[b"a"] = 1
     env = store.env
     hooked(in_thread, method, holder.clear, store.close)
@@ -1300,11 +1304,11 @@ def test_opening_inside_the_opening_of_the_same_file(open_store):
 
 
 def test_opening_while_a_close_does_not_end(open_store, in_thread):
-    store = open_store()
+    store = open_store(sync=False)
     store[b"a"] = 1
     with Parked(in_thread, "sync", store.close) as closing:
         with pytest.raises(BusyError, match="middle of being closed"):
-            open_store(timeout=0)
+            open_store(timeout=0, sync=False)
         closing.release()
     with open_store() as again:
         assert again[b"a"] == 1
@@ -1328,13 +1332,13 @@ def test_a_store_that_a_read_keeps_from_closing_stays_open(open_store, in_thread
 
 
 def test_opening_while_a_close_gives_up(open_store, in_thread):
-    store = open_store(timeout=0)
+    store = open_store(timeout=0, sync=False)
     store.put_many({b"a": 1})
     with (
         Parked(in_thread, "get", lambda: store.get(b"a")) as reading,
         Parked(in_thread, "sync", store.close) as closing,
     ):
-        opening = in_thread(open_store)
+        opening = in_thread(lambda: open_store(sync=False))
         opening.wait_until_in(WAITS_FOR_CLOSE)
         with pytest.raises(BusyError, match="read in progress"):
             closing.release()

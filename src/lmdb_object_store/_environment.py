@@ -105,7 +105,9 @@ class Environment:
         self.engine: int = self.handle.lib_version()[0]
         self.max_key: int = self.handle.max_key_size()
         self.page_size: int = self.handle.stat()["psize"]
-        self._map_size: int = self.handle.info()["map_size"]
+        info = self.handle.info()
+        self._map_size: int = info["map_size"]
+        self._synced: int = info["last_txnid"]  # the last transaction that is durable
         self.closed = False
         self._closed_text = "closed"  # when it is
 
@@ -432,10 +434,19 @@ class Environment:
             raise
 
     def sync(self) -> None:
-        """Make all commits durable; raise if the file is not at its path any more."""
-        if not self.options.get("readonly") and self.is_alive():
-            self.handle.sync(True)
+        """Make all commits durable; raise if the file is not at its path any more.
+
+        Nothing is done if nothing was committed since the last time, or the opening.
+        """
+        try:
+            newest = self.handle.info()["last_txnid"]
+        except lmdb.Error:
+            return  # out of action
+        if newest != self._synced and not self.options.get("readonly"):
+            if _files.needs_sync(self.options):
+                self.handle.sync(True)
             self.check_files()
+            self._synced = newest
 
     def check_files(self) -> None:
         """Raise `ReplacedError` unless the files are still at their paths."""

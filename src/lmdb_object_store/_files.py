@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -118,6 +119,16 @@ class OpenFiles:
             if os.fstat(file.fileno()).st_size < size:
                 file.seek(size - 1)
                 file.write(b"\0")
+
+
+def needs_sync(options: dict[str, Any]) -> bool:
+    """Return whether a commit leaves something to be synced.
+
+    On macOS LMDB writes the page that completes a commit with O_DSYNC, which leaves it
+    in the disk's own cache.
+    """
+    full = options.get("sync", True) and options.get("metasync", True)
+    return not full or options.get("map_async", False) or sys.platform == "darwin"
 
 
 def open_environment(
