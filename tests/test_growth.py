@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import os
 import random
 import re
 import subprocess
@@ -18,6 +19,8 @@ from lmdb_object_store import GrowthError
 
 KIB, MIB = 2**10, 2**20
 SMALL_MAP = 16 * mmap.PAGESIZE
+FIRST_MAP = 1024 * MIB if os.name == "posix" else 10 * MIB
+ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 LARGE = 150 * KIB  # more than what is copied out of the map before it is unpickled
 
 # Growth waits for nobody: with this, waiting would be an error.
@@ -121,6 +124,67 @@ def test_growth_doubles_or_adds_64_mib_up_to_the_cap(
         store.flush()
     assert store.env.info()["map_size"] == expected
     assert growths() == ([(map_size, expected)] if map_size != expected else [])
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, FIRST_MAP),
+        ({"map_size": MIB}, MIB),
+        ({"max_map_size": 32 * MIB}, min(32 * MIB, FIRST_MAP)),
+        ({"max_map_size": 2 * MIB}, 2 * MIB),
+        ({"max_map_size": 4 * 1024 * MIB}, FIRST_MAP),
+        ({"writemap": True}, 10 * MIB),
+    ],
+    ids=str,
+)
+def test_a_map_begins_large_where_that_costs_nothing(
+    open_store, tmp_path, lib_version, options, size
+):
+    if options.get("writemap") and lib_version:
+        pytest.skip("refused with this engine")
+    store = open_store(lib_version=lib_version, **options)
+    store.put_many({b"a": 1})
+    assert store.env.info()["map_size"] == size
+    if not options.get("writemap"):
+        assert (tmp_path / "db" / "data.mdb").stat().st_size < MIB
+
+
+LITTLE_ADDRESS_SPACE = """
+import resource
+from lmdb_object_store import LmdbObjectStore
+
+soft = 300 * 2**20 + int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
+for options in ({}, {"max_map_size": 2**29}):
+    with LmdbObjectStore(str(options), **options) as store:
+        store[b"a"] = 1
+        print(store.env.info()["map_size"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit that holds")
+def test_a_map_begins_small_where_there_is_no_room(run):
+    assert run(LITTLE_ADDRESS_SPACE).stdout.split() == [str(10 * MIB)] * 2
+
+
+@ENGINES
+def test_sorted_writes_fill_their_pages(open_store, lib_version):
+    store = open_store(lib_version=lib_version, sync=False)
+    numbers = list(range(12_000))
+    for start in range(0, 12_000, 3_000):
+        store.put_many((b"%08d" % n, n) for n in numbers[start : start + 3_000])
+    with store.env.begin() as txn:
+        size = sum(len(key) + len(value) + 10 for key, value in txn.cursor())
+    stat = store.env.stat()
+    assert size > 0.95 * stat["leaf_pages"] * stat["psize"]
+    store.put_many({b"%08d" % n: -n for n in range(11_999, 13_000)})  # from the last on
+    store.put_many({b"%08d" % n: -n for n in range(5_000, 5_010)})
+    numbers[5_000:5_010] = [-n for n in range(5_000, 5_010)]
+    numbers[11_999:] = [-n for n in range(11_999, 13_000)]
+    assert list(store.values()) == numbers
+    assert list(store) == [b"%08d" % n for n in range(13_000)]
 
 
 def test_one_200_mib_value_fits_into_a_64_kib_store(open_store, growths):

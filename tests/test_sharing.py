@@ -277,7 +277,7 @@ def test_a_file_that_is_open_for_reading_can_be_opened_for_writing(
 ):
     with open_store(lib_version=lib_version) as store:
         store.put_many({b"a": 1, b"large": LARGE})
-    reader = open_store(readonly=True, **options)
+    reader = open_store(readonly=True, map_size=MIB, **options)
     assert reader[b"large"] == LARGE
     entries = iter(reader.items())
     assert next(entries) == (b"a", 1)

@@ -2000,7 +2000,12 @@ def test_the_end_of_a_block_waits_for_a_snapshot(open_store, in_thread):
     assert store[b"a"] == bytes(MIB)
 
 
-def test_another_process_waits_while_the_end_of_a_block_does(store, in_thread, process):
+def test_another_process_waits_while_the_end_of_a_block_does(
+    open_store, in_thread, process_of
+):
+    store = open_store(key_encoding="utf-8", sync=False, map_size=10 * MIB)
+    store.put_many(START)
+    process = process_of(store)
     process.ask("len(store)")
 
     def grow():

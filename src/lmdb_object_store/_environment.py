@@ -93,13 +93,15 @@ class Environment:
     held alone.
     """
 
-    def __init__(self, path: str, options: dict[str, Any], writer: Writer) -> None:
+    def __init__(
+        self, path: str, options: dict[str, Any], cap: int | None, writer: Writer
+    ) -> None:
         self.path = path
         self.options = options
         self.writer = writer
         self.gate = writer.gate
         self._readers = self.gate.readers
-        self._attach(_files.open_environment(path, options))
+        self._attach(_files.open_environment(path, options, cap=cap))
         self.files = _files.OpenFiles(path, options)
         self.identity = self.files.identity
         self.engine: int = self.handle.lib_version()[0]

@@ -28,6 +28,8 @@ Identity = tuple[int, int] | str
 
 _ATTEMPTS = 100
 """How often to open a file that another process makes larger at each attempt."""
+_SMALL_MAP = 10 * 2**20  # bytes, py-lmdb's own
+_LARGE_MAP = 2**30
 SLOT_PAUSE = 0.05
 """Seconds after which to look again for a free reader slot."""
 
@@ -132,15 +134,28 @@ def needs_sync(options: dict[str, Any]) -> bool:
 
 
 def open_environment(
-    path: str, options: dict[str, Any], timeout: float = 0
+    path: str, options: dict[str, Any], timeout: float = 0, cap: int | None = None
 ) -> lmdb.Environment:
     """Open an environment, and clear the reader slots of dead processes.
 
     A new file is on disk then, with the entry of its directory. LMDB wants a free
     reader slot: raises `ReadersFullError` if there is none for `timeout` seconds.
     Raises as well if the file is cut off, or not of a kind that a store can use.
+
+    Without a ``map_size`` the map begins large, within `cap`, so that growth comes
+    late: or small, where the address space has no room, or where the map takes room on
+    the disk, on Windows and by ``writemap``.
     """
-    env = _open(path, options, timeout)
+    if options.get("map_size"):
+        env = _open(path, options, timeout)
+    else:
+        takes_disk = os.name == "nt" or options.get("writemap")
+        size = _SMALL_MAP if takes_disk or sys.maxsize < 2**32 else _LARGE_MAP
+        try:
+            env = _open(path, {**options, "map_size": min(size, cap or size)}, timeout)
+        except lmdb.MemoryError:
+            size = min(_SMALL_MAP, cap or size)
+            env = _open(path, {**options, "map_size": size}, timeout)
     try:
         env.reader_check()
         if not options.get("readonly") and not env.info()["last_txnid"]:

@@ -66,7 +66,7 @@ class SharedStore(Source):
         self.readonly = bool(options.get("readonly"))
         pending = WriteBuffer(*(["readonly"] if self.readonly else []))
         self.writer = Writer(path, timeout, pending)
-        super().__init__(Environment(path, options, self.writer), pending)
+        super().__init__(Environment(path, options, cap, self.writer), pending)
         self.committer = Committer(self.environment)
         self.check_open = self.committer.check_open
         self.users = Users(self.pending, self._abandon)

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     _Pairs = SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]
 
 _State = tuple[dict[str, Any], "int | None", float, "float | None"]
-_DEFAULT_MAP_SIZE = 10 * 2**20  # py-lmdb's own
 _TIMEOUT = 60.0
 _FLUSH_INTERVAL = 1.0
 _ALIASES = {"flag": "readonly=True", "writeback": "edit()"}  # of shelve.open
@@ -162,7 +161,6 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             raise ValueError(f"map_size: {map_size} bytes exceed the address space")
         if max_map_size is not None:
             _check_int("max_map_size", max_map_size, map_size or 1)
-            lmdb_kwargs["map_size"] = map_size or min(_DEFAULT_MAP_SIZE, max_map_size)
         _check_timeout(timeout)
         _check_interval(flush_interval)
         if not lmdb_kwargs.get("lock", True) and not lmdb_kwargs.get("readonly"):
@@ -782,7 +780,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     @property
     def max_map_size(self) -> int | None:
-        """Bytes up to which the map may grow by itself, or None; a larger map stays."""
+        """Bytes up to which the map may grow by itself, or None; a larger map stays.
+
+        A map begins with 1 GiB where no size was asked for: see the README.
+        """
         return self._shared.max_map_size
 
     @max_map_size.setter
