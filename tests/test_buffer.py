@@ -2,7 +2,7 @@
 
 import os
 import sys
-import time
+import threading
 from contextlib import suppress
 from itertools import count
 
@@ -129,11 +129,16 @@ def test_another_thread_at_each_moment_of_a_write(
         workers = []
 
         def act():
-            workers.append(in_thread(lambda: outcome(lambda: there(store))))
-            for _ in range(50):
-                if not workers[0].running:
-                    return
-                time.sleep(0.001)
+            ended = threading.Event()
+
+            def run():
+                try:
+                    return outcome(lambda: there(store))
+                finally:
+                    ended.set()
+
+            workers.append(in_thread(run))
+            ended.wait(0.05)
 
         with handling(act):
             results = [outcome(lambda: here(store))]
@@ -199,9 +204,8 @@ def test_threads_that_switch_at_every_chance_lose_nothing(open_store, in_thread)
 TURNS_AWAY_AS_A_PUT_COMES = """
 import sys
 import threading
-import time
 
-from conftest import PATIENCE
+from conftest import PATIENCE, eventually
 from lmdb_object_store import LmdbObjectStore
 from moments import TURNS_AWAY
 
@@ -216,10 +220,7 @@ threading.setprofile(hook)  # of threads that start from here on, as the flusher
 with LmdbObjectStore("db", sync=False, flush_interval=0.01) as store:
     store[b"a"] = 1
     assert put.wait(PATIENCE)
-    deadline = time.monotonic() + PATIENCE
-    while store.write_buffer and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not store.write_buffer
+    eventually(lambda: not store.write_buffer)
     assert dict(store) == {b"a": 1, b"b": 2}
 """
 

@@ -72,7 +72,6 @@ class SharedStore(Source):
         self.users = Users(self.pending, self._abandon)
         self.read = self.environment.read
         self.holds = self.environment.holds
-        self.fetch = self.environment.fetch  # type: ignore[method-assign]
         # Guarded by the fork lock.
         self.at_rest = False  # whether, at a fork, no call of LMDB is running
         self.unsound = False  # in a child: whether it can never be used or closed
@@ -284,7 +283,9 @@ class SharedStore(Source):
 
     def current_block(self) -> TransactionBlock | None:
         """Return the transaction block that this thread is in, if any."""
-        block: Any = self.pending.block
+        # No cast(), which is a call for each read of a block.
+        pending: Any = self.pending
+        block: TransactionBlock | None = pending.block
         if block is None or block.thread != get_ident():
             return None
         if block.state is State.ORPHANED:
@@ -294,7 +295,7 @@ class SharedStore(Source):
             return None  # it begins or ends: a signal handler or finalizer is here
         if block.state is State.INHERITED or current_task() is not block.task:
             block.check()
-        return block  # type: ignore[no-any-return]
+        return block
 
     def open_snapshot(self, snapshot: SnapshotSource) -> None:
         """Open a snapshot, which has the pending writes, too."""

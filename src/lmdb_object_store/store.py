@@ -300,7 +300,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             raw = entries.get(key, ABSENT)
             if raw is not ABSENT:
                 return raw is not None
-        return source.holds(key)  # type: ignore[no-any-return]
+        found: bool = source.holds(key)
+        return found
 
     def __bool__(self) -> bool:
         """Return whether there is any entry. Never flushes."""
