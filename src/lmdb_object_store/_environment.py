@@ -86,6 +86,11 @@ class StandIn:
     __call__ = __getattr__
 
 
+def _count_entries(begin: Begin) -> int:
+    entries: int = begin().stat()["entries"]
+    return entries
+
+
 class Environment:
     """The open environment of a data file.
 
@@ -232,8 +237,11 @@ class Environment:
     def count(self) -> int:
         # By a transaction: `lmdb.Environment.stat` shows the commit of another process
         # a moment before reads see it.
-        entries: int = self.retry(self.repair, lambda begin: begin().stat()["entries"])
-        return entries
+        begin = self.begin
+        try:
+            return self.gate.read(_count_entries, begin)
+        except lmdb.Error:
+            return self.retry(self.repair, _count_entries)
 
     def view(
         self, begin: Begin, pending: WriteBuffer, pick: Pick, action: Any, args: Args
