@@ -288,10 +288,10 @@ def test_what_comes_ahead_is_seen_and_what_comes_behind_is_not(
     open_store, kind, backwards
 ):
     store = open_store(sync=False, **NEVER_FLUSHING)
-    store.put_many({key(n): n for n in range(0, 2_000, 2)})
+    store.put_many({key(n): n for n in range(0, 20_000, 2)})
     iterator = walk(store, kind, backwards)
     seen = [number(kind, next(iterator)) for _ in range(500)]
-    new = 11, 1_989
+    new = 11, 19_989
     for n in new:
         store[key(n)] = n
         store.delete(key(n + 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import chain, islice
 from operator import itemgetter, length_hint
@@ -22,6 +23,7 @@ from .exceptions import ClosedError
 _ROOM = 2**18
 """Bytes of small values in a chunk whose sizes are looked at; fits in a CPU's cache."""
 _FIRST_CHUNK = 8  # entries: a caller that wants the first one pays for few others
+_FACTOR = 16  # by which the next chunk is larger: 100 entries take two chunks
 _MAX_CHUNK = 1024
 _MAX_KEYS = 4096  # in a chunk without values
 
@@ -201,7 +203,11 @@ class Scan:
         rest, reverse = self._rest, self._reverse
         key_of: Any = itemgetter(0) if self._values else bytes
         if rows and not rest.holds(key_of(rows[-1])):
-            rows = [row for row in rows if rest.holds(key_of(row))]
+            if reverse:
+                beyond = bisect_left(rows[::-1], rest.low, key=key_of)
+                rows = rows[: len(rows) - beyond]
+            else:
+                rows = rows[: bisect_left(rows, rest.high, key=key_of)]
             more = False
         # Where either of the two was not read to its end, the chunk ends.
         ends = [key_of(rows[-1])] if more else []
@@ -220,7 +226,8 @@ class Scan:
         self._buffered = pending
         self._rest = rest
         self._more = bool(ends)
-        self._count = min(4 * self._count, _MAX_CHUNK if self._values else _MAX_KEYS)
+        largest = _MAX_CHUNK if self._values else _MAX_KEYS
+        self._count = min(_FACTOR * self._count, largest)
         return rows
 
     def _merged(self, rows: list[Any], pending: Batch) -> list[Any]:
@@ -281,13 +288,14 @@ class Tally(Pin):
             self._count += txn.stat()["entries"]
             return False
         keys = list(islice(_entries(txn, rest, False, False), self._chunk_keys))
-        self._chunk_keys = min(4 * self._chunk_keys, _MAX_KEYS)
+        self._chunk_keys = min(_FACTOR * self._chunk_keys, _MAX_KEYS)
         if keys and rest.holds(last := bytes(keys[-1])):
             self._count += len(keys)
             self._rest = rest.beyond(last, False)
             self.txn = txn
             return True
-        self._count += sum(map(rest.holds, map(bytes, keys)))
+        if keys and rest.high is not None:  # the last key is beyond the end
+            self._count += bisect_left(keys, rest.high, key=bytes)
         return False
 
     def copy_out(self) -> None:
