@@ -57,13 +57,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     global THOROUGH, SEED
-    if config.option.seed is None:  # the workers of pytest-xdist get this one
-        config.option.seed = random.randrange(10**6)
-    THOROUGH, SEED = config.option.thorough, config.option.seed
+    THOROUGH = config.option.thorough
+    seed = getattr(config, "workerinput", {}).get("seed", config.option.seed)
+    SEED = random.randrange(10**6) if seed is None else seed
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         # As a shell starts what runs in the background, and nohup. The tests send it,
         # and programs that they start would ignore it, too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker of pytest-xdist the seed that is printed."""
+    node.workerinput["seed"] = SEED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Use more processes than there are processors: tests often wait for the disk."""
+    return 2 * (os.cpu_count() or 1)
 
 
 def times(usual: int, *, thorough: int) -> int:
@@ -75,10 +87,31 @@ def pytest_report_header() -> str:
     return "all moments" if THOROUGH else f"some moments, chosen by --seed={SEED}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slowest files: no process is to be left with one at the end."""
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Choose combinations, and begin with the slowest files.
+
+    So no process is left with one of those at the end.
+    """
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOWEST)))
+    if not THOROUGH:
+        chosen = [item for item in items if _is_chosen(item)]
+        config.hook.pytest_deselected(items=[*{*items}.difference(chosen)])
+        items[:] = chosen
+
+
+def _is_chosen(item: Any) -> bool:
+    """Return whether to run a test that may have the mark `one_in`.
+
+    If each of two parameters has as many values as that, each value is tried.
+    """
+    mark = item.get_closest_marker("one_in")
+    if mark is None:
+        return True
+    [number] = mark.args
+    return (sum(item.callspec.indices.values()) + SEED) % number == 0
 
 
 @pytest.fixture(scope="module", autouse=True)

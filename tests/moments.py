@@ -98,7 +98,7 @@ def fail_to_begin_anew() -> None:
 _T = TypeVar("_T")
 _LIBRARY = os.path.dirname(lmdb_object_store.__file__)
 _ROUNDS = 2
-_ONE_IN = 8
+_ONE_IN = 16
 _TOOL = 4  # of sys.monitoring; coverage.py and debuggers have other numbers
 
 

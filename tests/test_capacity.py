@@ -151,6 +151,7 @@ def test_reads_go_on_and_log_that_the_buffer_is_stuck(open_capped, caplog):
     assert not store.write_buffer
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 @pytest.mark.parametrize(
     "cap", [*CAPS, times(32, thorough=64) * MIB], ids=lambda cap: f"{cap // KIB}K"
@@ -197,6 +198,7 @@ def test_put_many_that_can_not_fit_changes_nothing(open_capped):
 # Deleting at the cap
 
 
+@pytest.mark.one_in(3)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 @pytest.mark.parametrize("batch_size", [1, 10, 1000])
@@ -279,6 +281,7 @@ def test_a_batch_that_just_fits_leaves_room_to_delete(
     assert 0 < len(fitted) < len(counts)  # the edge is among them
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 def test_full_and_empty_again_and_again(open_capped, engine, cap):
@@ -400,6 +403,7 @@ def test_closing_a_full_store_raises_and_tells_what_was_lost(open_capped):
 # Deleting much at the cap
 
 
+@pytest.mark.one_in(3)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 @pytest.mark.parametrize("batch_size", [1, 10, 10_000])

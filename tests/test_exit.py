@@ -306,6 +306,7 @@ if __name__ == "__main__":
 PUT_BY_CHILD = {f"{n}": n for n in range(100)}
 
 
+@pytest.mark.one_in(3)
 @packages
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(

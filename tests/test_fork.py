@@ -618,7 +618,7 @@ def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
     other.put_many({b"key": 2})
     codes = []
     moments = count()
-    distance = times(4, thorough=10)  # as a fork takes its time
+    distance = times(2, thorough=10)  # as a fork takes its time
 
     def child():
         try:
@@ -644,7 +644,7 @@ def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
 
     for _, result in every_step(prepare, act):
         assert not isinstance(result, BaseException)
-    assert len(codes) > 2
+    assert len(codes) > 1
     assert not any(codes)
     store.close(strict=True)
     verify(store.db_path)

@@ -193,6 +193,7 @@ def check(numbers, backwards):
     assert lasting == sorted(range(0, END, 2), reverse=backwards)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options",
     [NEVER_FLUSHING, {"autoflush_on_read": False, "batch_size": 97}, {"batch_size": 1}],

@@ -274,6 +274,7 @@ def store(open_store):
     return store
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("inside", INSIDE)
 @pytest.mark.parametrize("where", ANYWHERE)
 def test_user_code_may_call_the_store(store, where, inside):

@@ -11,7 +11,7 @@ import conftest
 from conftest import PATIENCE
 from moments import every_step, part_of
 
-SEEDS = range(40)
+SEEDS = range(120)
 
 
 def moments(store, monkeypatch, *, thorough=False, seed=0):

@@ -948,6 +948,7 @@ def test_what_all_stores_could_not_flush_is_lost_with_the_last(open_store, caplo
     assert dict(open_store()) == {}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 @pytest.mark.parametrize("closed", [None, 0, 1, 2])
 @pytest.mark.parametrize("cycle", [False, True])
