@@ -259,6 +259,7 @@ class _Moments:
 def _with_signal(moments: _Moments, action: Callable[[], Any]) -> tuple[bool, Any]:
     """Call `action` with a signal at the next moment that is to be tried."""
     trip = Trip(signal.SIGINT)
+    here = threading.get_ident()
     reached = False
     rounds: Counter[tuple[Any, int]] = Counter()
 
@@ -267,7 +268,7 @@ def _with_signal(moments: _Moments, action: Callable[[], Any]) -> tuple[bool, An
         rounds[code, offset] += 1
         if not moments.take(code, offset, rounds[code, offset]):
             return False
-        reached = True  # and stays so: other threads may come here, too
+        reached = True
         return True
 
     # The hooks trip the signal as the last thing that they do themselves: after
@@ -286,7 +287,9 @@ def _with_signal(moments: _Moments, action: Callable[[], Any]) -> tuple[bool, An
     def instruction(code: Any, offset: int) -> Any:
         if not code.co_filename.startswith(_LIBRARY):
             return sys.monitoring.DISABLE
-        if is_next(code, offset):
+        # Of this thread: while another one runs the library, this one may be anywhere,
+        # as in a lock of the standard library that an interrupt would leave locked.
+        if threading.get_ident() == here and is_next(code, offset):
             sys.monitoring.set_events(_TOOL, 0)
             trip.now  # noqa: B018
         return None
