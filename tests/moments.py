@@ -21,7 +21,7 @@ import lmdb
 import conftest
 import lmdb_object_store
 from conftest import PATIENCE
-from lmdb_object_store import LmdbObjectStore, _fork, _locks, _shared
+from lmdb_object_store import LmdbObjectStore, _fork, _locks, _queue, _shared
 
 # All that the tests know of the inside of the library stands from here to "Moments".
 
@@ -49,6 +49,8 @@ GETS_ONE = "read"  # a value for `store[key]` and `get`
 GETS_MANY = "pick"  # values for `get_many`
 LOOKS_BEFORE_POP = "is_stored"  # at the value that `pop` is about to take
 KEEPS_TRANSACTION = "is_pinned"  # for the values of `get_many`, while user code runs
+# These only pass the call on: that function has called them.
+_BETWEEN = ("begin_write", "begin")
 
 # The function that the flusher calls before it forgets a store.
 TURNS_AWAY = "refuse"
@@ -77,6 +79,20 @@ def let_forks_wait(seconds: float) -> None:
     _fork._PATIENCE = seconds  # noqa: SLF001
 
 
+def let_writers_wait(monkeypatch: Any, seconds: float) -> None:
+    """Let a writer wait so long for its turn among the processes."""
+    monkeypatch.setattr(_queue, "_PATIENCE", seconds)
+
+
+def another_has_its_turn(path: str) -> bool:
+    """Whether another process is the first that waits for LMDB's lock."""
+    queue = _queue.WriterQueue(os.path.join(path, "data.mdb"))
+    try:
+        return not queue._has_turn()  # noqa: SLF001
+    finally:
+        queue.close()
+
+
 def let_exit_wait(seconds: float) -> None:
     """Let the end of the interpreter wait so long for writers."""
     _shared._EXIT_PATIENCE = seconds  # noqa: SLF001
@@ -98,7 +114,7 @@ def fail_to_begin_anew() -> None:
 _T = TypeVar("_T")
 _LIBRARY = os.path.dirname(lmdb_object_store.__file__)
 _ROUNDS = 2
-_ONE_IN = 16
+_ONE_IN = 32
 _TOOL = 4  # of sys.monitoring; coverage.py and debuggers have other numbers
 
 
@@ -192,8 +208,11 @@ def at_call(
     trip = Trip(signal.SIGINT)
 
     def hook(frame: Any, event: str, called: Any) -> None:
-        here = function in (None, frame.f_code.co_name)
-        if here and event == "c_call" and is_method(called, method):
+        if event != "c_call" or not is_method(called, method):
+            return
+        while frame.f_code.co_name in _BETWEEN:
+            frame = frame.f_back
+        if function in (None, frame.f_code.co_name):
             sys.setprofile(None)
             trip.now  # noqa: B018 (CPython calls the handler after the method)
 

@@ -79,7 +79,7 @@ def test_kill_leaves_all_or_nothing_of_each_batch(tmp_path, lib_version):
     chance = random.Random(lib_version)
     path = tmp_path / "db"
     start, last = 0, -1
-    for _ in range(times(6, thorough=20)):
+    for _ in range(times(4, thorough=20)):
         command = [sys.executable, "-c", WRITE_FOR_EVER, path, lib_version, start, last]
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as child:
             try:
@@ -133,7 +133,7 @@ for number in range(10**9):
 def test_kill_leaves_all_or_nothing_of_what_is_deleted(tmp_path, lib_version, how):
     chance = random.Random(lib_version)
     path = tmp_path / "db"
-    for _ in range(times(2, thorough=6)):
+    for _ in range(times(1, thorough=6)):
         command = [sys.executable, "-c", DELETE_FOR_EVER, path, lib_version, how]
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as child:
             try:
@@ -496,6 +496,7 @@ def erase(store):
     return count
 
 
+@pytest.mark.one_in(2)
 @linux_only
 @ENGINES
 @pytest.mark.parametrize(

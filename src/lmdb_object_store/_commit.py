@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 import lmdb
 
 from ._buffer import Batch, State
-from ._environment import Begin, Environment
+from ._environment import Environment
 from ._keys import ALL, KeyRange, describe
 from ._map_size import MapSize
 from ._reads import adjustment
@@ -168,7 +168,7 @@ class Committer:
         self, error: lmdb.Error, candidates: Work[list[bytes]]
     ) -> lmdb.Error:
         """Return an error that says which keys are names of named databases."""
-        found = self._transact(self.begin, candidates, commit=False)
+        found = self._transact(candidates, commit=False)
         names = sorted(filter(self._is_name, found))
         return self._name_error(names) if names else error
 
@@ -185,7 +185,7 @@ class Committer:
     def _is_name(self, key: bytes) -> bool:
         overwrite = partial(_apply, deletions=[], puts=[(key, b"")])
         try:
-            self._transact(self.begin, overwrite, commit=False)
+            self._transact(overwrite, commit=False)
         except lmdb.IncompatibleError:
             return True
         return False
@@ -254,8 +254,8 @@ class Committer:
                 if self.map.cap is not None:
                     self._keep_reserve(work, batch, count, share)
                 if self.buffer.block is None:
-                    return self._transact(begin, work)
-                return self._transact(self.begin, partial(self._or_wait, work))
+                    return self._transact(work)
+                return self._transact(partial(self._or_wait, work))
             except (ConflictError, ReplacedError, SnapshotOpenError):
                 raise
             except lmdb.MapFullError:
@@ -267,13 +267,13 @@ class Committer:
                     raise self._disk_error(error) from error
                 environment.repair_as_writer(error, begin)
 
-    def _transact(
-        self, begin: Begin, work: Work[_R], parent: Any = None, commit: bool = True
-    ) -> _R:
+    def _transact(self, work: Work[_R], parent: Any = None, commit: bool = True) -> _R:
         environment = self.environment
         committed = False
         outer = sys.exc_info()[1]
-        txn: Any = begin(None, parent, True)
+        txn: Any = (
+            self._begin() if parent is None else environment.begin(None, parent, True)
+        )
         try:
             parent = None  # see `_keep_reserve`
             # First, as LMDB can abort on what writers without a common lock have left.
@@ -299,13 +299,13 @@ class Committer:
             environment.fill_file(size)
         return result
 
-    def begin(self, *_: object) -> Transaction:
+    def _begin(self) -> Transaction:
         """Begin a write transaction, or take that of the block that ends."""
         block = self.buffer.block
         if block is None or block.state is not State.ENDING:
-            return self.environment.begin(None, None, True)
+            return self.environment.begin_write()
         if block.txn is None:
-            block.txn = self.environment.begin(None, None, True)
+            block.txn = self.environment.begin_write()
             if block.txn.id() != block.id:
                 raise ConflictError(
                     f"Another process has written to {self.environment.path!r} while "
@@ -318,7 +318,7 @@ class Committer:
 
     def check_block(self) -> None:
         """Raise if others have written since the block began, which ends now."""
-        self._transact(self.begin, bool, commit=False)
+        self._transact(bool, commit=False)
 
     def _or_wait(self, work: Work[_R], txn: Transaction) -> _R:
         """Do `work`, of a block; wait for open snapshots if the map has to grow.
@@ -382,9 +382,9 @@ class Committer:
         if block and block.state is State.ENDING and block.txn and nests:
             # Else LMDB's lock would be given up between the rehearsal and the work. No
             # variable keeps the transaction: see `drop_transaction`.
-            self._transact(self.environment.begin, rehearsal, block.txn, commit=False)
+            self._transact(rehearsal, block.txn, commit=False)
         else:
-            self._transact(self.begin, rehearsal, commit=False)
+            self._transact(rehearsal, commit=False)
 
     def _recycle(self) -> bool:
         """At the cap, make the pages usable that the last commit has freed.
@@ -396,7 +396,7 @@ class Committer:
         if may_grow or self._info("last_txnid") == self._recycled:
             return False
         try:
-            self._transact(self.begin, _touch)
+            self._transact(_touch)
         except lmdb.Error:
             return False
         if self.buffer.block is not None:

@@ -24,6 +24,7 @@ from . import _files
 from ._buffer import OpenBlock, State, WriteBuffer
 from ._diagnosis import DAMAGED, explained
 from ._locks import Action, Args, held_here, poll
+from ._queue import WriterQueue
 from ._registry import registry
 from ._values import CHUNK_BYTES, LARGE, LargeValue, is_blob, unpickle, unpickle_error
 from ._writer import Writer
@@ -108,6 +109,7 @@ class Environment:
         self._readers = self.gate.readers
         self._attach(_files.open_environment(path, options, cap=cap))
         self.files = _files.OpenFiles(path, options)
+        self._queue = WriterQueue(self.files.data)
         self.identity = self.files.identity
         self.engine: int = self.handle.lib_version()[0]
         self.max_key: int = self.handle.max_key_size()
@@ -130,6 +132,13 @@ class Environment:
 
     def closed_error(self) -> ClosedError:
         return ClosedError(f"The store at {self.path!r} is {self._closed_text}.")
+
+    def begin_write(self) -> lmdb.Transaction[Any]:
+        """Begin a write transaction when the turn of this process has come."""
+        return self._queue.begin(self.begin, self._tell_of_queue)
+
+    def _tell_of_queue(self) -> None:
+        self.writer.notice("a write waits for writers of other processes")()
 
     # Reads
 
@@ -362,6 +371,7 @@ class Environment:
         self.writer.snapshots.forget_all()
         if (block := self.writer.buffer.block) is not None:
             block.txn = None  # the block's commit looks whether others wrote meanwhile
+        self._queue.close()  # in a child the path may lead to another file by now
         self.handle.close()
         dormant = self.dormant
         why = "in this child process" if dormant else "after an error"
@@ -476,7 +486,7 @@ class Environment:
         size = (self.handle.info()["last_pgno"] + 1) * self.page_size
         if os.stat(self.files.data).st_size >= size:
             return
-        txn = self.begin(None, None, True)
+        txn = self.begin_write()
         try:
             last_page = self.handle.info()["last_pgno"]
             self.files.extend((last_page + 1) * self.page_size)
@@ -491,8 +501,11 @@ class Environment:
         try:
             self.handle.close()
         finally:
-            registry.forget(self)
-            self.closed = True
+            try:
+                self._queue.close()
+            finally:
+                registry.forget(self)
+                self.closed = True
 
     # Fork
 
@@ -503,6 +516,7 @@ class Environment:
         uses the store. Not at the fork: most children never use the store.
         """
         self._readers = self.gate.readers
+        self._queue.close()
         if not self.dormant:
             text = "The environment belongs to the parent process."
             error = partial(lmdb.Error, text)
@@ -512,6 +526,7 @@ class Environment:
     def give_up(self) -> None:
         """In a child that can't even close the environment that it has inherited."""
         self._readers = self.gate.readers
+        self._queue.close()
         self.closed = True
         self._closed_text = f"closed in this child process: {UNSOUND}"
         with suppress(ImportError):

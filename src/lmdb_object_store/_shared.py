@@ -10,8 +10,9 @@
 - `Users`: the store objects that use it; with the last one it is closed.
 
 Locks, in the order in which they may be taken together: fork lock, registry lock,
-write lock, gate, lock of a snapshot, buffer lock, lock of the flusher. No user code
-runs under any of them.
+write lock, gate, lock of a snapshot, buffer lock, lock of the flusher. Under the write
+lock alone a process waits for its turn (see `_queue`), then for LMDB's lock. No user
+code runs under any of them but LMDB's, which a transaction block holds.
 
 A signal handler or a finalizer can run inside any operation, on the same thread. The
 locks are re-entrant, and `Writer.interrupted_here` tells such a call apart: it may

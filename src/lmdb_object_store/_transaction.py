@@ -115,7 +115,8 @@ class TransactionBlock(Source):
             committer.flush()
             begin = self.environment.begin
             try:
-                self.txn = begin(None, None, True)  # kept nowhere else: see `locked`
+                # It is kept nowhere else: see `locked`.
+                self.txn = self.environment.begin_write()
             except lmdb.Error as error:
                 self.environment.repair_as_writer(error, begin)
                 continue
