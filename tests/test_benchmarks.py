@@ -123,11 +123,15 @@ def test_what_could_not_be_measured_is_named(modules):
     report = modules("report")
     part = json.loads(report.RESULTS.read_text("utf-8"))["rivals"]
     part["stores"]["plyvel"]["version"] = None
-    part["skipped"] = ["lmdbm, workloads, durable: the reason"]
+    failure = {"store": "lmdbm", "suite": "workloads", "durability": "durable"}
+    part["skipped"] = [{**failure, "workload": "get", "why": "the reason"}]
     table = report.rivals(part, "durable", reads=False)
     assert "Not measured: plyvel (not installed)." in table
-    assert "Not measured: lmdbm, workloads, durable: the reason." in table
+    assert "Not measured: lmdbm, get (the reason)." in table
     assert "the reason" not in report.rivals(part, "buffered", reads=False)
+    published = report.published(part, "durable")
+    assert "Not measured: plyvel (not installed)." in published
+    assert "the reason" not in published
 
 
 def test_the_chart_can_be_drawn_and_stays_small(modules, monkeypatch, tmp_path):

@@ -8,31 +8,33 @@ yardstick for the tails.
 
 import multiprocessing
 import random
-import sys
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from time import monotonic, perf_counter_ns
 from typing import Any
 
 from by_hand import ByHand
-from entries import MIB, SEED, key, value
+from entries import MIB, ROOM, SEED, key, value
 from lmdb_object_store import LmdbObjectStore
 
 ENTRIES = 50_000
-SECONDS = 4.0
+KEYS = 10_000
+SECONDS = 2.0
+ROUNDS = 3
 WORKERS = (1, 2, 4, 8)
 KINDS: dict[str, Any] = {"ours": LmdbObjectStore, "by hand": ByHand}
 GROWTHS = 20
-ROOM = 2**34  # enough for a put_many of some seconds
 
 Stop = Callable[[], bool]
 
 
 def some_keys() -> list[bytes]:
-    numbers = random.Random(SEED).choices(range(ENTRIES), k=10_000)
+    numbers = random.Random(SEED).choices(range(ENTRIES), k=KEYS)
     return [key(number).encode() for number in numbers]
 
 
@@ -46,7 +48,7 @@ def read_for(store: Any, start: threading.Barrier, seconds: float) -> float:
     start.wait()
     begin = monotonic()
     while (passed := monotonic() - begin) < seconds:
-        for name in keys[reads % 10_000 :][:100]:
+        for name in keys[(at := reads % KEYS) : at + 100]:
             get(name)
         reads += 100
     return reads / passed
@@ -55,17 +57,10 @@ def read_for(store: Any, start: threading.Barrier, seconds: float) -> float:
 def in_threads(side: str, workers: int, path: Path, seconds: float) -> float:
     store = KINDS[side](path)
     start = threading.Barrier(workers)
-    rates: list[float] = []
-    threads = [
-        threading.Thread(target=lambda: rates.append(read_for(store, start, seconds)))
-        for _ in range(workers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(read_for, store, start, seconds) for _ in range(workers)]
     store.close()
-    return sum(rates)
+    return sum(job.result() for job in jobs)
 
 
 def _read_in_process(
@@ -81,7 +76,8 @@ def in_processes(side: str, workers: int, path: Path, seconds: float) -> float:
     start, rates = spawn.Barrier(workers), spawn.Queue()
     arguments = (side, path, start, seconds, rates)
     children = [
-        spawn.Process(target=_read_in_process, args=arguments) for _ in range(workers)
+        spawn.Process(target=_read_in_process, args=arguments, daemon=True)
+        for _ in range(workers)
     ]
     for child in children:
         child.start()
@@ -137,33 +133,31 @@ MEANWHILE: dict[str, Callable[[Any, Stop], None]] = {
 }
 
 
-def latencies(side: str, meanwhile: str, path: Path, seconds: float) -> Any:
-    """Return how long reads take, in microseconds, while another thread is busy."""
+def latencies(side: str, meanwhile: str, path: Path, seconds: float) -> list[int]:
+    """Return how many nanoseconds reads take while another thread is busy."""
     work = MEANWHILE[meanwhile]
     growing = work is grow
-    if growing and side == "by hand":
-        return None  # nothing there grows a map beside readers
     store = KINDS[side](path, map_size=64 * MIB if growing else ROOM)
     fill(store)
     keys = some_keys()
     end = monotonic() + seconds
-    thread = threading.Thread(target=work, args=(store, lambda: monotonic() > end))
     times: list[int] = []
-    thread.start()
-    while thread.is_alive() or (monotonic() < end and not growing):
-        for name in keys[len(times) % 10_000 :][:100]:
-            start = perf_counter_ns()
-            store.get(name)
-            times.append(perf_counter_ns() - start)
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(work, store, lambda: monotonic() > end)
+        while not job.done() or (monotonic() < end and not growing):
+            for name in keys[(at := len(times) % KEYS) : at + 100]:
+                start = perf_counter_ns()
+                store.get(name)
+                times.append(perf_counter_ns() - start)
+    job.result()
     store.close()
-    return percentiles(times)
+    shutil.rmtree(path)
+    return times
 
 
 def percentiles(nanoseconds: list[int]) -> dict[str, float]:
     cuts = quantiles(nanoseconds, n=1000, method="inclusive")
     return {
-        "reads": len(nanoseconds),
         "50 %": cuts[499] / 1e3,
         "99 %": cuts[989] / 1e3,
         "99.9 %": cuts[998] / 1e3,
@@ -171,13 +165,15 @@ def percentiles(nanoseconds: list[int]) -> dict[str, float]:
     }
 
 
+def in_turn(sides: list[str], rounds: int) -> Iterator[str]:
+    for _ in range(rounds):
+        yield from random.sample(sides, len(sides))
+
+
 def measure(scale: float, directory: Path) -> Iterator[tuple[str, Any]]:
     seconds = max(0.1, SECONDS * scale)
-    results: dict[str, Any] = {
-        "switch interval, milliseconds": sys.getswitchinterval() * 1e3,
-        "reads per second": [],
-        "microseconds": [],
-    }
+    rounds = max(1, round(ROUNDS * scale))
+    results: dict[str, Any] = {"reads per second": [], "microseconds": []}
     for side, make in KINDS.items():
         store = make(directory / side)
         fill(store)
@@ -188,16 +184,19 @@ def measure(scale: float, directory: Path) -> Iterator[tuple[str, Any]]:
     ):
         for workers in WORKERS:
             yield f"{workers} {kind} that read", None
-            rates = {
-                side: run(side, workers, directory / side, seconds) for side in KINDS
-            }
-            row = {"kind": kind, "one": one, "workers": workers, **rates}
-            results["reads per second"].append(row)
-    for number, meanwhile in enumerate(MEANWHILE):
+            rates: dict[str, list[float]] = {side: [] for side in KINDS}
+            for side in in_turn([*KINDS], rounds):
+                rates[side].append(run(side, workers, directory / side, seconds))
+            row = {"kind": kind, "one": one, "workers": workers}
+            found = {side: median(rates[side]) for side in KINDS}
+            results["reads per second"].append({**row, **found})
+    for meanwhile, work in MEANWHILE.items():
         yield f"reads while another thread {meanwhile}", results
-        found = {
-            side: latencies(side, meanwhile, directory / f"{side}{number}", seconds)
-            for side in KINDS
-        }
-        results["microseconds"].append({"meanwhile": meanwhile, **found})
+        # By hand nothing grows a map beside readers.
+        sides = ["ours"] if work is grow else [*KINDS]
+        times: dict[str, list[int]] = {side: [] for side in sides}
+        for side in in_turn(sides, rounds):
+            times[side] += latencies(side, meanwhile, directory / "store", seconds)
+        tails = {side: percentiles(times[side]) for side in sides}
+        results["microseconds"].append({"meanwhile": meanwhile, **tails})
     yield "done", results

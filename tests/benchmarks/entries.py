@@ -8,6 +8,7 @@ from typing import Any
 SEED = 20
 DIGITS = 12
 MIB = 2**20
+ROOM = 2**34  # bytes, a map that is large enough for all
 
 
 def key(number: int) -> str:

@@ -4,7 +4,7 @@ Those are one by hand and one of the library, which shows what growing adds. All
 loaded in turn inside one process, chunk by chunk; making the entries takes no part. As
 for the hot paths, nothing waits for the disk. Memory is measured in a fresh process for
 each way to load:
-    python growth.py (put_many|update|hand) ENTRIES DIRECTORY
+    python growth.py (put_many|update|"by hand") ENTRIES DIRECTORY
 """
 
 import random
@@ -14,23 +14,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from pickle import HIGHEST_PROTOCOL, dumps
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 from by_hand import ByHand
-from entries import DIGITS, MIB, SEED, chunks, key, value
+from entries import DIGITS, MIB, ROOM, SEED, chunks, key, value
 from lmdb_object_store import LmdbObjectStore
 
 CHUNK = 10_000
-ROOM = 2**34  # enough for the largest load
 # Entries, and how often; the short loads are as noisy as they are short.
 SIZES = ((10_000, 20), (100_000, 6), (1_000_000, 2), (10_000_000, 1))
 ORDERS = ("sorted", "random")
 METHODS = ("put", "put_many")
 MEMORY_ENTRIES = 1_000_000
-LOADERS = ("put_many", "update", "hand")
+LOADERS = ("put_many", "update", "by hand")
 
 Pairs = list[tuple[bytes, object]]
 
@@ -117,25 +115,22 @@ def peak_of(work: Callable[[], None]) -> int:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    work()
-    done.set()
-    thread.join()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
     return highest - before
 
 
 def peak_of_loading(loader: str, count: int, path: Path) -> int:
     pairs = ((key(number).encode(), value(number)) for number in range(count))
-    if loader == "hand":  # one transaction, as put_many
-        env = ByHand(path, map_size=ROOM).env
-
-        def work() -> None:
-            with env.begin(write=True) as txn:
-                for key, obj in pairs:
-                    txn.put(key, dumps(obj, HIGHEST_PROTOCOL))
-
-        return peak_of(work)
-    with LmdbObjectStore(path) as store:
-        return peak_of(lambda: getattr(store, loader)(pairs))
+    by_hand = loader == "by hand"
+    store: Any = ByHand(path, map_size=ROOM) if by_hand else LmdbObjectStore(path)
+    work = getattr(store, "put_many" if by_hand else loader)
+    peak = peak_of(lambda: work(pairs))
+    store.close()
+    return peak
 
 
 def measure_memory(count: int, directory: Path) -> dict[str, Any]:

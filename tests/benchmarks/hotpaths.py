@@ -231,7 +231,8 @@ def load(side: Side, order: Callable[[Any], Any]) -> Iterator[Work]:
         put = store.put
         side.consume(put(key, obj) for key, obj in pairs)
         store.flush()
-        store.env.sync(True)  # the library does so by itself when it closes
+        if isinstance(store, ByHand):  # the library does so by itself when it closes
+            store.env.sync(True)
         store.close()
 
     yield work
@@ -345,7 +346,6 @@ class Workbench:
             "name": path.name,
             "aim": path.aim,
             "ratio": median(pair["ours"] / pair["by hand"] for pair in times),
-            "rounds": len(times),
             "microseconds": {
                 side: min(pair[side] for pair in times) / operations * 1e6
                 for side in SIDES

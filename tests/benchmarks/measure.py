@@ -62,7 +62,6 @@ def about(scale: float, directory: Path) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release().split('-')[0]}",
             "processor": processor(),
             "cores": os.cpu_count(),
-            "memory, GiB": memory(),
             "file system": file_system(directory),
             "fsync, milliseconds": fsync_time(directory),
         },
@@ -76,13 +75,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return names[0].strip() if names else platform.machine()
-
-
-def memory() -> int | None:
-    try:
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
-    except (AttributeError, ValueError):
-        return None
 
 
 def file_system(directory: Path) -> str | None:
@@ -168,7 +160,8 @@ def main() -> int:
     if options.short:
         return check(results["hot"]["paths"], options.limit)
     failures = results.get("rivals", {}).get("skipped", [])
-    print(*(f"Not measured: {text}" for text in failures), sep="\n", end="")
+    for failure in failures:
+        print("Not measured:", ", ".join(failure.values()))
     return bool(failures)
 
 

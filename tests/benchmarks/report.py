@@ -130,7 +130,7 @@ def memory(found: dict[str, Any]) -> str:
         f"Loading {found['entries']:,} entries from a generator raises the private "
         f"memory of the process by up to {mib(found['put_many'])} MiB with "
         f"`put_many`, {mib(found['update'])} MiB with `update`, and "
-        f"{mib(found['hand'])} MiB in one transaction by hand."
+        f"{mib(found['by hand'])} MiB with a `put_many` by hand, which sorts, too."
     )
 
 
@@ -151,7 +151,7 @@ def concurrency(part: dict[str, Any]) -> str:
         )
         for row in part["microseconds"]
         for side in ("ours", "by hand")
-        if row[side] is not None
+        if side in row
     ]
     return (
         f"{table(('', 'reads per second', 'by hand'), rates)}\n\n"
@@ -187,10 +187,10 @@ def rivals(
             for name in names
         ]
         rows.append((workload, *cells))
-    return table(["µs", *names], rows) + absent(part, durability)
+    return table(["µs", *names], rows) + absent(part, "workloads", durability)
 
 
-def absent(part: dict[str, Any], durability: str) -> str:
+def absent(part: dict[str, Any], suite: str, durability: str) -> str:
     """Name the stores that the table lacks."""
     stores = part["stores"]
     cant = [name for name, facts in stores.items() if facts[durability] is None]
@@ -199,7 +199,9 @@ def absent(part: dict[str, Any], durability: str) -> str:
     lines = [f"Can't be made durable: {', '.join(cant)}."] if cant else []
     lines += [f"Not measured: {name} (not installed)." for name in gone]
     lines += [
-        f"Not measured: {text}." for text in part["skipped"] if durability in text
+        f"Not measured: {skipped['store']}, {skipped['workload']} ({skipped['why']})."
+        for skipped in part["skipped"]
+        if (skipped["suite"], skipped["durability"]) == (suite, durability)
     ]
     return "\n\n" + " ".join(lines) if lines else ""
 
@@ -237,7 +239,7 @@ def published(part: dict[str, Any], durability: str) -> str:
         for workload, row in found.items()
     ]
     note = "\n\n\\* stopped before its end" if "*" in str(rows) else ""
-    return table(["µs", *names], rows) + note
+    return table(["µs", *names], rows) + note + absent(part, "published", durability)
 
 
 def sections(results: dict[str, Any]) -> Iterator[tuple[str, str]]:

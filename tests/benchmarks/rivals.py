@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, starmap
 from pathlib import Path
@@ -45,15 +46,19 @@ def timed(
     """Exhaust the iterator, or stop when the time is over."""
     iterator = iter(operations)
     done, size = 0, 1
-    stopped = True
     start = perf_counter()
     while perf_counter() - start < budget:
-        taken = len(list(islice(iterator, size)))
+        # No result is kept but the last, as its memory takes time, too.
+        last = deque(enumerate(islice(iterator, size), 1), maxlen=1)
+        taken = last[0][0] if last else 0
         done += taken
         if taken < size:
             stopped = False
             break
         size = min(2 * size, 128)
+    else:
+        stopped = next(iterator, iterator) is not iterator
+        done += stopped
     finish()
     seconds = perf_counter() - start
     return {
@@ -71,6 +76,7 @@ def run_workloads(
     operations = max(200, round(OPERATIONS * scale))
     budget = BUDGET * max(0.1, scale)
     batch = min(BATCH, entries)
+    entries -= entries % batch
     path = directory / "store"
     store = rival(path, durable)
     encode = rival.encode
@@ -80,13 +86,16 @@ def run_workloads(
         return [(encode(key(number)), value(number)) for number in numbers]
 
     def some() -> list[int]:
-        return chance.choices(range(entries), k=operations)
+        return chance.choices(there, k=operations)
 
-    loads = [pairs_of(numbers) for numbers in chunks(shuffled(range(entries)), batch)]
-    yield timed("bulk load", map(store.put_batch, loads), LOAD_BUDGET, each=batch)
+    numbers = shuffled(range(entries))
+    loads = [pairs_of(chunk) for chunk in chunks(numbers, batch)]
+    loaded = timed("bulk load", map(store.put_batch, loads), LOAD_BUDGET, each=batch)
+    yield loaded
+    there = numbers[: loaded["operations"]]  # all, but for a store that was stopped
     del loads
-    keys = [encode(key(number)) for number in some()]
     if not durable:  # reads know no durability
+        keys = [encode(key(number)) for number in some()]
         yield timed("get", map(store.get, keys), budget)
         missing = [encode(key(number) + "x") for number in some()]
         yield timed("get, missing", map(store.get, missing), budget)
@@ -106,13 +115,11 @@ def run_workloads(
     yield puts("overwrite", some())
     yield puts("put", shuffled(range(entries, entries + operations)))
     mix = (
-        store.put(encode(key(number)), value(number))
-        if turn % 10 == 0
-        else store.get(encode(key(number)))
-        for turn, number in enumerate(some())
+        store.put(name, obj) if turn % 10 == 0 else store.get(name)
+        for turn, (name, obj) in enumerate(pairs_of(some()))
     )
     yield timed("90 % get, 10 % put", mix, budget, store.finish)
-    old = [encode(key(number)) for number in shuffled(range(entries))[:operations]]
+    old = [encode(key(number)) for number in there[:operations]]
     yield timed("delete", map(store.delete, old), budget, store.finish)
     if not durable or store.durable_arrays:
         yield from run_arrays(store, encode, budget, durable)
@@ -239,7 +246,7 @@ def in_fresh_process(
     for line in printed.splitlines():
         yield json.loads(line)
     if failure:
-        yield {"name": "failure", "skipped": failure}
+        yield {"name": "the rest", "skipped": failure}
     shutil.rmtree(directory)
 
 
@@ -275,8 +282,10 @@ def measure(scale: float, directory: Path) -> Iterator[tuple[str, Any]]:
                 name, durability, suite, scale, directory / name
             ):
                 if "skipped" in result:
-                    text = f"{name}, {suite}, {durability}: {result['skipped']}"
-                    results["skipped"] = sorted({*results["skipped"], text})
+                    what = {"store": name, "suite": suite, "durability": durability}
+                    what |= {"workload": result["name"], "why": result["skipped"]}
+                    if what not in results["skipped"]:
+                        results["skipped"].append(what)
                 else:
                     place = (suite, durability, result["name"], name)
                     found.setdefault(place, []).append(result)
