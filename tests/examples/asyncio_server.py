@@ -44,12 +44,14 @@ async def talk(
     store: Store, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     """Answer the lines of one client, one after the other."""
-    with suppress(ConnectionError):  # the client is gone
-        async for line in reader:
-            text = await answer(store, line.decode().strip())
-            writer.write(text.encode() + b"\n")
-            await writer.drain()
-    writer.close()
+    try:
+        with suppress(ConnectionError):  # the client is gone
+            async for line in reader:
+                text = await answer(store, line.decode().strip())
+                writer.write(text.encode() + b"\n")
+                await writer.drain()
+    finally:  # at the end of the program, too, which waits for that
+        writer.close()
 
 
 async def serve(path: Path, port: int) -> None:
