@@ -27,9 +27,9 @@ TIMEOUT = 90
 ACCOUNTS = [f"account {number:02}" for number in range(100)]
 BALANCE = 1_000
 THREADS = 2  # of each process
-TRANSFERS = times(60, thorough=200)  # of each thread
+TRANSFERS = times(30, thorough=200)  # of each thread
 FOREVER = 10**9
-KILLS = times(4, thorough=12)
+KILLS = times(3, thorough=12)
 STEP = 2**18  # by which the map grows, again and again
 OPTIONS = {"key_encoding": "utf-8", "map_size": STEP, "max_map_size": STEP}
 OPTIONS["flush_interval"] = 0.001  # seconds, so that these flushes come in everywhere
@@ -46,7 +46,7 @@ def transfer(store, teller, chance):
         store[payee] += amount
         number = store.get(f"teller {teller}", 0)
         store[f"teller {teller}"] = number + 1
-        entry = [payer, payee, amount, bytes(chance.randint(1, 8_000))]
+        entry = [payer, payee, amount, bytes(chance.randint(1, 16_000))]
         assert store.setdefault(f"log {teller} {number}", entry) is entry
     return number
 

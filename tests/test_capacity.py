@@ -198,7 +198,7 @@ def test_put_many_that_can_not_fit_changes_nothing(open_capped):
 # Deleting at the cap
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 @pytest.mark.parametrize("batch_size", [1, 10, 1000])
@@ -281,7 +281,7 @@ def test_a_batch_that_just_fits_leaves_room_to_delete(
     assert 0 < len(fitted) < len(counts)  # the edge is among them
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 def test_full_and_empty_again_and_again(open_capped, engine, cap):
@@ -403,7 +403,7 @@ def test_closing_a_full_store_raises_and_tells_what_was_lost(open_capped):
 # Deleting much at the cap
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 @pytest.mark.parametrize("batch_size", [1, 10, 10_000])

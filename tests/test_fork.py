@@ -111,6 +111,7 @@ check_parent()
     assert len(stored()) == 1002
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "use",
     [
@@ -445,7 +446,7 @@ verify("db")
 @pytest.mark.usefixtures("_unmeasured")
 @ENGINES
 def test_fork_while_other_threads_do_everything(run, lib_version):
-    children = times(8, thorough=25)
+    children = times(5, thorough=25)
     run(BUSY, lib_version, children, options=("-W", "ignore::DeprecationWarning"))
 
 
@@ -611,6 +612,7 @@ def enter_transaction(store):
         store[b"key"] = 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_signal_handler_that_forks_at_many_moments(open_store, operation):
     store = open_store(sync=False)

@@ -484,6 +484,7 @@ def delete(store):
     return b"3" in store
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("use", "expected"),
     [

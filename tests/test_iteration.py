@@ -960,7 +960,7 @@ STATUS = Path("/proc/self/status")
 @pytest.mark.parametrize(
     ("size", "value", "pace"),
     [
-        (1_000_000, 0, 4_999),
+        (400_000, 0, 4_999),
         (300, bytes(MIB), 1),
         (300, [b"%1000d" % n for n in range(MIB // 1_000)], 1),
     ],

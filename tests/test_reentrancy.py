@@ -547,6 +547,7 @@ OPERATIONS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("operation", [*OPERATIONS, pop_the_last])
 def test_a_signal_handler_may_use_the_store_at_every_moment(
     open_store, in_thread, operation
@@ -620,6 +621,7 @@ def put_over_and_over(store):
         store.put("accepted", b"x" * 100)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("operation", "writes", "options"),
     [

@@ -1319,6 +1319,7 @@ store.close()
 """
 
 
+@pytest.mark.one_in(2)
 @needs_fork
 @ENGINES
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ MIB = 2**20
 
 @pytest.fixture
 def store(open_store):
-    store = open_store(key_encoding="utf-8", sync=False)
+    store = open_store(key_encoding="utf-8", map_size=MIB, sync=False)
     store.put_many({"a": 1, "b": 2})
     return store
 

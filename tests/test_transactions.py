@@ -1624,6 +1624,7 @@ def inside():
 }
 
 
+@pytest.mark.one_in(2)
 @needs_fork
 @ENGINES
 @pytest.mark.parametrize("how", IN_CHILD)
