@@ -7,7 +7,7 @@ import os
 import struct
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypedDict
 
 import lmdb
 
@@ -26,6 +26,28 @@ from .exceptions import DiskError, ReadersFullError, ReplacedError, WrongFileErr
 Identity = tuple[int, int] | str
 """Tells one data file from another, however its path is spelled."""
 
+
+class LmdbOptions(TypedDict, total=False):
+    """All that lmdb.open() takes beside the path."""
+
+    map_size: int
+    subdir: bool
+    readonly: bool
+    metasync: bool
+    sync: bool
+    map_async: bool
+    mode: int
+    create: bool
+    readahead: bool
+    writemap: bool
+    meminit: bool
+    max_readers: int
+    max_dbs: int
+    max_spare_txns: int
+    lock: bool
+    lib_version: int
+
+
 _ATTEMPTS = 100
 """How often to open a file that another process makes larger at each attempt."""
 _SMALL_MAP = 10 * 2**20  # bytes, py-lmdb's own
@@ -41,8 +63,6 @@ _DEFAULTS: dict[str, Any] = {  # of lmdb.open(), as its documentation gives them
 }
 _OF_A_HANDLE = {"readonly", "map_size", "subdir"}
 _OF_A_NEW_FILE = {"create", "mode", "max_spare_txns"}
-OPTIONS = {*_DEFAULTS, *_OF_A_HANDLE, *_OF_A_NEW_FILE, "lib_version"}
-"""All that lmdb.open() takes beside the path."""
 _PROMISED = {"metasync", "sync", "map_async"}
 """A store that can be written to is promised these, unless it asks for less."""
 

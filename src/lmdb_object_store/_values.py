@@ -27,7 +27,8 @@ _CHUNK_KEYS = 512
 _CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
 _CONSTANTS += (type, FunctionType, BuiltinFunctionType)
 _PROTOCOL = dumps(None, HIGHEST_PROTOCOL)[:1]  # of all pickles from protocol 2 on
-_Chunk = tuple[list[bytes], list[Any]]  # keys, and their values
+_Chunk = tuple[list[bytes], list[Any]]
+"""Keys and their values: None, or an argument for `load`."""
 
 # Pickling
 
@@ -166,10 +167,6 @@ class LargeValue(Pin):
     def forget(self) -> None:
         self._view = memoryview(b"")
         self.txn = None
-
-
-_Chunk = _Chunk
-"""Keys and their values: None, or an argument for `load`."""
 
 
 class ManyValues(Pin):

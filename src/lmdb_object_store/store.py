@@ -17,7 +17,7 @@ import lmdb
 from ._buffer import ABSENT
 from ._diagnosis import data_path
 from ._environment import StandIn
-from ._files import OPTIONS, identity_of
+from ._files import LmdbOptions, identity_of
 from ._keys import ALL, KeyCodec, describe
 from ._mapping import _K, _T, _V, Snapshot, StoreMapping, refuse_single
 from ._reads import ANYTHING, last_key, look_up
@@ -33,7 +33,7 @@ from .exceptions import BusyError, ClosedError, LostWritesError, ReadOnlyError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsItems, SupportsKeysAndGetItem
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     _Pairs = SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]
 
@@ -145,7 +145,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         max_map_size: int | None = None,
         timeout: float = _TIMEOUT,
         flush_interval: float | None = _FLUSH_INTERVAL,
-        **lmdb_kwargs: Any,
+        **lmdb_kwargs: Unpack[LmdbOptions],
     ) -> None:
         self._readonly = bool(lmdb_kwargs.get("readonly"))
         self._batch_size = self._batch_bytes = 1
@@ -154,7 +154,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self.autoflush_on_read = bool(autoflush_on_read)
         codec = KeyCodec(key_encoding, key_errors, str_normalize)
         path = _checked_path(db_path)
-        _check_names(lmdb_kwargs)
+        self._options: dict[str, Any] = {**lmdb_kwargs}
+        _check_names(self._options)
         map_size = lmdb_kwargs.get("map_size", 0)
         _check_int("map_size", map_size, 0)
         if map_size > sys.maxsize:
@@ -173,7 +174,6 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 "max_spare_txns must be 0: cached transactions don't survive a fork."
             )
         super().__init__(path, codec)
-        self._options = lmdb_kwargs
         self._open(max_map_size, timeout, flush_interval, True)
 
     def _open(
@@ -866,11 +866,12 @@ def _checked_path(path: str | os.PathLike[str]) -> str:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    for name in sorted(options.keys() - OPTIONS):
+    of_lmdb = LmdbOptions.__optional_keys__
+    for name in sorted(options.keys() - of_lmdb):
         from difflib import get_close_matches  # takes long to import
 
         own = LmdbObjectStore.__init__.__kwdefaults__ or ()
-        known = {*OPTIONS, "batch_size", *own}
+        known = {*of_lmdb, "batch_size", *own}
         near = get_close_matches(name, {*known, *_ALIASES}, 1, 0.5)
         hints = [f" Did you mean {_ALIASES.get(hint, hint)}?" for hint in near]
         raise TypeError(f"There is no option {name!r}.{''.join(hints)}")

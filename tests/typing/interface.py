@@ -23,9 +23,13 @@ class User:
     name: str
 
 
+AnyKey = bytes | bytearray | memoryview | str
+BytesAndKeys = tuple[dict[bytes, User], list[str]]
+
+
 def without_annotations() -> None:
     store = LmdbObjectStore("p")
-    assert_type(store, LmdbObjectStore[bytes | bytearray | memoryview | str, Any])
+    assert_type(store, LmdbObjectStore[AnyKey, Any])
     store[b"a"] = 1
     store["b"] = User("Ann")
     store.put(bytearray(b"c"), None)
@@ -37,7 +41,7 @@ def without_annotations() -> None:
     assert_type(store.get("b"), Any | None)
     found, not_found = store.get_many([b"a", "b"])
     assert_type(found, dict[bytes, Any])
-    assert_type(not_found, list[bytes | bytearray | memoryview | str])
+    assert_type(not_found, list[AnyKey])
     del store[b"a"]
     store[5] = 1  # type: ignore[arg-type]
     store.get(None)  # type: ignore[call-overload]
@@ -54,14 +58,32 @@ def options(path: Path) -> None:
         batch_bytes=2**20,
         max_map_size=None,
         timeout=1,
+        flush_interval=None,
         map_size=2**30,
         subdir=False,
+        readonly=False,
+        metasync=True,
+        sync=True,
+        map_async=False,
+        mode=0o600,
+        create=True,
+        readahead=True,
+        writemap=False,
+        meminit=True,
+        max_readers=126,
+        max_dbs=0,
+        max_spare_txns=0,
+        lock=True,
         lib_version=1,
     )
+    several: dict[str, Any] = {"map_size": 2**30}
+    LmdbObjectStore(path, **several)
     LmdbObjectStore(5)  # type: ignore[arg-type]
     LmdbObjectStore(path, "1000")  # type: ignore[arg-type]
     LmdbObjectStore(path, key_encoding=8)  # type: ignore[arg-type]
     LmdbObjectStore(path, max_map_size="1G")  # type: ignore[arg-type]
+    LmdbObjectStore(path, map_size="1G")  # type: ignore[arg-type]
+    LmdbObjectStore(path, mapsize=2**30)  # type: ignore[call-arg]
 
 
 def annotated() -> None:
@@ -118,9 +140,8 @@ def many(user: User) -> None:
     store.put_many(triples)  # type: ignore[arg-type]
     store.put_many(keys())  # type: ignore[arg-type]
 
-    bytes_and_keys = tuple[dict[bytes, User], list[str]]
-    assert_type(store.get_many(["ann"]), bytes_and_keys)
-    assert_type(store.get_many(keys()), bytes_and_keys)
+    assert_type(store.get_many(["ann"]), BytesAndKeys)
+    assert_type(store.get_many(keys()), BytesAndKeys)
     store.get_many([b"ann"])  # type: ignore[list-item]
     store.get_many(5)  # type: ignore[call-overload]
 
@@ -169,12 +190,11 @@ def mapping(user: User) -> None:
 
 def mapping_without_annotations() -> None:
     store = LmdbObjectStore("p")
-    any_key = bytes | bytearray | memoryview | str
-    assert_type(iter(store), Iterator[any_key])
-    assert_type(store.popitem(), tuple[any_key, Any])
+    assert_type(iter(store), Iterator[AnyKey])
+    assert_type(store.popitem(), tuple[AnyKey, Any])
     assert_type(store.pop(b"ann"), Any)
     assert_type(store.setdefault(b"ann", 1), Any)
-    assert_type(list(store.items("a")), list[tuple[any_key, Any]])
+    assert_type(list(store.items("a")), list[tuple[AnyKey, Any]])
     ages = {"ann": 40}
     store.update(ages)
     store.update(LmdbObjectStore[bytes, int]("q"))
@@ -248,9 +268,9 @@ def changes(user: User) -> None:
     store.setdefault(b"ann", user)  # type: ignore[arg-type]
     store.update({"ann": 5})  # type: ignore[arg-type]
     store.update(bob=5)  # type: ignore[arg-type]
-    store |= {"ann": 5}  # type: ignore[arg-type]
     store.delete_many([b"ann"])  # type: ignore[list-item]
     store.delete_many(5)  # type: ignore[arg-type]
+    store |= {"ann": 5}  # type: ignore[arg-type]
 
 
 def life_cycle() -> None:
