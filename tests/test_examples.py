@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from socket import socket
+from textwrap import dedent
 
 import pytest
 
@@ -71,7 +72,8 @@ def test_printed_figures_agree_with_the_store_left_behind(indexed: Indexed) -> N
         r"writing  \d+\.\d\d s for ([\d,]+) objects\n"
         r"reading  \d+\.\d\d s for ([\d,]+) objects\n"
         r"on disk  ([\d,]+) bytes\n"
-        r"(\{.*\})\n",
+        r"(\{.*\})\n"
+        r"next     .*\n",
         run.stdout,
         re.DOTALL,
     )
@@ -101,6 +103,17 @@ def test_entries_describe_what_the_interpreter_imports(indexed: Indexed) -> None
         "line": inspect.getsourcelines(json.loads)[1],
     }
     assert nested["line"] == inspect.getsourcelines(json.JSONDecoder.decode)[1]
+
+
+def test_what_is_told_to_try_next_works(indexed: Indexed) -> None:
+    _, run = indexed
+    _, _, code = run.stdout.partition("next     look for more:\n")
+    command = [sys.executable, "-c", dedent(code)]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    assert lines[0] == (inspect.getdoc(json.loads) or "").splitlines()[0]
+    names = ast.literal_eval(lines[-1])
+    assert "json.decoder.JSONDecoder.decode" in names
+    assert names == sorted(names)
 
 
 def test_progress_is_in_lines_without_a_terminal(indexed: Indexed) -> None:

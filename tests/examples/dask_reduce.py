@@ -1,5 +1,7 @@
 """Count what the standard library calls, by several processes that share a store.
 
+Needs Dask: ``pip install "dask[distributed]"``.
+
 Keeps the source of each module under its dotted name. Each task of a Dask cluster is
 handed the store and a range of its keys, reads that range by itself and counts the
 names that are called there; a tree of further tasks adds up the counts.
@@ -28,9 +30,12 @@ from operator import add
 from pathlib import Path
 from time import perf_counter
 
-from dask.distributed import Client, Future, LocalCluster, progress
-
 from lmdb_object_store import LmdbObjectStore
+
+try:
+    from dask.distributed import Client, Future, LocalCluster, progress
+except ImportError:
+    sys.exit('This example needs Dask: pip install "dask[distributed]"')
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TESTS = {"test", "tests", "idle_test"}

@@ -24,6 +24,12 @@ from lmdb_object_store import LmdbObjectStore
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SAMPLE = 1000  # how many entries to look up
 SHOWN = "calendar.isleap"
+NEXT = """\
+next     {intro}
+         from lmdb_object_store import LmdbObjectStore
+         with LmdbObjectStore({path!r}, key_encoding="utf-8") as store:
+             print(store["json.loads"]["doc"])
+             print(list(store.keys(prefix="json.decoder.JSONDecoder.")))"""
 INTERVAL = 2.0  # seconds between two lines of progress, if there is no terminal
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -168,6 +174,11 @@ def main() -> None:
         kept = "" if arguments.path else " until the end; --path keeps it"
         print(f"store    in {path}{kept}", flush=True)  # the rest takes a while
         look_up(path, index(arguments.source, path))
+    if arguments.path:
+        print(NEXT.format(intro="look for more:", path=str(path)))
+    else:
+        intro = "keep the store by --path stdlib.db, then look for more:"
+        print(NEXT.format(intro=intro, path="stdlib.db"))
 
 
 if __name__ == "__main__":
