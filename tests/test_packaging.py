@@ -35,7 +35,16 @@ def test_all_names_what_is_public() -> None:
     assert set(lmdb_object_store.__all__) == public
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+
+
+@in_checkout
+def test_change_log_begins_with_this_version() -> None:
+    log = (ROOT / ".github" / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (.*)$", log, re.M)[0] == lmdb_object_store.__version__
+
+
+@in_checkout
 def test_top_level_of_the_checkout() -> None:
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.check_output(listing, cwd=ROOT, text=True).splitlines()

@@ -20,7 +20,7 @@ from .exceptions import (
 )
 from .store import LmdbObjectStore
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 __all__ = [
     "BusyError",
