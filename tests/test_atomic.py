@@ -196,6 +196,8 @@ LOOKS = {
         ("look", 1, False),
         ("putmulti", 1, False),
         ("putmulti", 1, True),
+        ("putmulti", 2, False),
+        ("putmulti", 2, True),
     ],
 )
 @pytest.mark.parametrize("change", ["put", "delete"])
@@ -208,13 +210,18 @@ def test_what_is_written_between_the_look_and_the_write_is_not_lost(
         store.put_many({"a": 1, "key": "old"} if old else {"a": 1})
     if buffered:
         store.put("key", old) if old else store.delete("key")
+    if batch_size == 2:
+        store["0"] = 0  # the next write makes the batch full
     store.batch_size = batch_size
     method, number = LOOKS[call] if moment == "look" else (moment, 1)
     with ParkedAt(in_thread, method, number, lambda: call(store)) as parked:
-        CHANGES[change][0](store)
+        changing = in_thread(lambda: CHANGES[change][0](store))
         theirs = "new" if change == "put" else None
-        assert store.get("key") == theirs  # does not wait, and is seen at once
+        if batch_size > 1:  # else it waits for its turn to be written
+            changing.result()
+            assert store.get("key") == theirs  # it is seen at once
         result = parked.release()
+    changing.result()
     # Either of the two came first.
     mine, left = {
         setdefault: ("default", "default"),
@@ -243,10 +250,16 @@ def test_popitem_leaves_a_key_that_is_not_the_last_any_more(
         store.delete("z")
     store.batch_size = batch_size
     with ParkedAt(in_thread, *LOOKS[popitem], store.popitem) as parked:
-        store["z"] = 4
-        assert ("key" in store, "z" in store) == (True, True)
-        assert parked.release() == ("z", 4)
-    assert list(store) == ["a", "key"]
+        putting = in_thread(lambda: store.put("z", 4))
+        if batch_size > 1:  # else it waits for its turn to be written
+            putting.result()
+            assert ("key" in store, "z" in store) == (True, True)
+        popped = parked.release()
+    putting.result()
+    if batch_size > 1 or popped == ("z", 4):
+        assert (popped, list(store)) == (("z", 4), ["a", "key"])
+    else:
+        assert (popped, list(store)) == (("key", 2), ["a", "z"])
 
 
 def test_popitem_minds_no_key_that_comes_before(store, in_thread):

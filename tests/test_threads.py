@@ -146,6 +146,17 @@ def test_a_full_batch_does_not_wait_for_a_commit_but_twice_of_it_does(
     assert (store[b"first"], store[b"last"]) == (0, 18)
 
 
+def test_a_batch_of_one_is_written_when_the_put_returns(open_store, in_thread):
+    store = open_store(batch_size=1)
+    with Parked(in_thread, "putmulti", lambda: store.put_many({b"first": 0})) as writer:
+        done = threading.Event()
+        patient = in_thread(lambda: (store.put(b"key", 1), done.set()))
+        assert not done.wait(0.2)
+        writer.release()
+    patient.result()
+    assert store.write_buffer == {}
+
+
 def test_many_bytes_wait_for_a_commit_as_many_puts_do(open_store, in_thread):
     store = open_store(batch_bytes=100_000)
     store[b"first"] = 0

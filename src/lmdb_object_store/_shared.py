@@ -124,8 +124,10 @@ class SharedStore(Source):
                 raise self.closed_error()
             if block is not None:
                 fits = False
-            elif not fits and (
-                self.writer.thread is not None or pending.size + size >= limits[1]
+            elif (
+                not fits
+                and limits[0] > 1  # a batch of one is on disk when the write returns
+                and (self.writer.thread is not None or pending.size + size >= limits[1])
             ):
                 fits, size = self._fits_closely(key, raw, size, limits)
         if not (fits and pending.add_unless(key, raw, size, block)):

@@ -80,7 +80,9 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     db_path : str or os.PathLike
         As for `lmdb.open`: a directory, or a file with ``subdir=False``.
     batch_size : int
-        Buffered operations (puts and deletions) that trigger a flush, >= 1.
+        Buffered operations (puts and deletions) that trigger a flush, >= 1. While
+        another thread writes, up to twice as many are buffered; but with 1 each write
+        has been flushed when its call returns.
     autoflush_on_read : bool
         Flush before reads that must go to the database. Can be set later.
     key_encoding : str, optional
