@@ -140,3 +140,11 @@ def test_the_chart_can_be_drawn_and_stays_small(modules, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "CHART", tmp_path / "speed.svg")
     report.draw(json.loads(report.RESULTS.read_text("utf-8"))["rivals"])
     assert 10_000 < report.CHART.stat().st_size < 150_000
+
+
+def test_the_way_of_a_put_can_be_drawn(modules, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    path = modules("draw_path")
+    monkeypatch.setattr(path, "PICTURE", tmp_path / "path.svg")
+    path.draw()
+    assert 10_000 < path.PICTURE.stat().st_size < 100_000

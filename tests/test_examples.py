@@ -204,6 +204,18 @@ def test_dask_workers_find_what_a_loop_finds(source: Path, tmp_path: Path) -> No
     assert top == [counts[name] for _, name in shown]
 
 
+def test_dask_example_says_what_it_needs() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['dask.distributed'] = None\n"  # as if it were not there
+        f"runpy.run_path({str(DASK_REDUCE)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == 'This example needs Dask: pip install "dask[distributed]"\n'
+
+
 def test_dask_progress_on_a_terminal(source: Path, tmp_path: Path) -> None:
     pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
     watcher, terminal = pty.openpty()

@@ -12,6 +12,8 @@ import lmdb_object_store
 
 ROOT = Path(__file__).parents[1]
 
+in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+
 
 def test_version_is_that_of_the_distribution() -> None:
     assert lmdb_object_store.__version__ == metadata.version("lmdb-object-store")
@@ -35,13 +37,12 @@ def test_all_names_what_is_public() -> None:
     assert set(lmdb_object_store.__all__) == public
 
 
-in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-
-
 @in_checkout
 def test_change_log_begins_with_this_version() -> None:
     log = (ROOT / ".github" / "CHANGELOG.md").read_text("utf-8")
-    assert re.findall(r"^## (.*)$", log, re.M)[0] == lmdb_object_store.__version__
+    newest = re.search(r"^## (.*)$", log, re.MULTILINE)
+    assert newest
+    assert newest[1] == lmdb_object_store.__version__
 
 
 @in_checkout

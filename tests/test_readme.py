@@ -1,14 +1,14 @@
 """README.md: its code runs, prints what it says, and tells of everything public.
 
-Each Python block runs by itself, in an empty directory. One below the comment
-``<!-- continues -->`` runs after the blocks before it, down from the last one
-without. What a block prints stands beside each print, as in ``print(1 + 1)  # 2``.
+Each Python block runs by itself, in an empty directory. What a block prints stands
+beside each print, as in ``print(1 + 1)  # 2``.
 """
 
 import inspect
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,31 +18,28 @@ from lmdb_object_store import LmdbObjectStore
 
 README = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
 TIMEOUT = 60
+RECIPE = 15  # lines, at most
+OPTIONAL = {"diskcache", "fastapi", "numpy", "sqlitedict", "torch"}
+"""Packages that the group `test` doesn't have: they are in `readme` and `torch`."""
 
 
-def blocks(language):
-    """Return the blocks of `language`: line, whether it continues, and code."""
-    fence = re.compile(
-        rf"^(<!-- continues -->\n+)?```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE
-    )
+def blocks(language, text=README):
+    """Return the blocks of `language`: line and code."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     return [
-        (README.count("\n", 0, match.start(2)) + 1, bool(match[1]), match[2])
-        for match in fence.finditer(README)
+        (text.count("\n", 0, match.start(1)) + 1, match[1])
+        for match in fence.finditer(text)
     ]
 
 
-def programs():
-    """Return what to run for each Python block."""
-    code = ""
-    found = []
-    for line, continues, block in blocks("python"):
-        code = code + block if continues else block
-        found.append(pytest.param(code, id=f"line {line}"))
-    return found
-
-
-@pytest.mark.parametrize("code", programs())
+@pytest.mark.parametrize(
+    "code", [pytest.param(code, id=f"line {line}") for line, code in blocks("python")]
+)
 def test_python_block_runs_and_prints_what_it_says(tmp_path, code):
+    imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+    missing = [name for name in OPTIONAL.intersection(imported) if not find_spec(name)]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}, of the groups readme and torch")
     (tmp_path / "block.py").write_text(code, "utf-8")
     run = subprocess.run(
         [sys.executable, "-X", "utf8", "-W", "always", "block.py"],
@@ -56,14 +53,23 @@ def test_python_block_runs_and_prints_what_it_says(tmp_path, code):
     assert "was not closed" not in run.stderr
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert run.stdout.splitlines() == expected
+    assert len(expected) == code.count("print(")
 
 
 def test_first_bash_block_holds_the_two_commands_of_a_fresh_machine():
-    _, _, code = blocks("bash")[0]
+    _, code = blocks("bash")[0]
     commands = code.splitlines()
     assert len(commands) == 2
     assert all(" -m venv .venv && " in command for command in commands)
     assert commands[1].endswith(" -m pytest")
+
+
+def test_recipes_are_short():
+    [recipes] = re.findall(r"^## Recipes$.*?^## ", README, re.DOTALL | re.MULTILINE)
+    lengths = [
+        sum(map(bool, code.splitlines())) for _, code in blocks("python", recipes)
+    ]
+    assert max(lengths) <= RECIPE
 
 
 def test_every_public_name_is_told():

@@ -11,11 +11,13 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 
 from conftest import eventually, needs_sigterm
+from test_readme import blocks
 
 LIMIT = 60.0
 """Seconds until a test gives up; the machine may be busy."""
@@ -323,6 +325,18 @@ def test_a_block_around_a_yield_of_fastapi_fails_and_says_so(
     server.wait_for(error)
     server.terminate()
     assert stored("blocks") == {}
+
+
+@needs("uvicorn", "fastapi")
+def test_the_recipe_for_fastapi_counts(start, stored):
+    [recipe] = [code for _, code in blocks("python") if "FastAPI(" in code]
+    server = start(recipe, *UVICORN)
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(server.request, ["GET"] * 20, ["/hits/home"] * 20)
+        assert {*answers} == {(200, f"{number}") for number in range(1, 21)}
+    assert server.terminate() == -signal.SIGTERM
+    assert "Traceback" not in server.printed
+    assert stored("visits.db") == {"home": 20}
 
 
 # Celery

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     _Pairs = SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]
+else:
+    Unpack = dict  # for typing.get_type_hints
 
 _State = tuple[dict[str, Any], "int | None", float, "float | None"]
 _TIMEOUT = 60.0
@@ -149,16 +151,16 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         flush_interval: float | None = _FLUSH_INTERVAL,
         **lmdb_kwargs: Unpack[LmdbOptions],
     ) -> None:
-        self._readonly = bool(lmdb_kwargs.get("readonly"))
+        options: dict[str, Any] = {**lmdb_kwargs}
+        self._readonly = bool(options.get("readonly"))
         self._batch_size = self._batch_bytes = 1
         self.batch_size = batch_size
         self.batch_bytes = batch_bytes
         self.autoflush_on_read = bool(autoflush_on_read)
         codec = KeyCodec(key_encoding, key_errors, str_normalize)
         path = _checked_path(db_path)
-        self._options: dict[str, Any] = {**lmdb_kwargs}
-        _check_names(self._options)
-        map_size = lmdb_kwargs.get("map_size", 0)
+        _check_names(options)
+        map_size = options.get("map_size", 0)
         _check_int("map_size", map_size, 0)
         if map_size > sys.maxsize:
             raise ValueError(f"map_size: {map_size} bytes exceed the address space")
@@ -166,16 +168,17 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             _check_int("max_map_size", max_map_size, map_size or 1)
         _check_timeout(timeout)
         _check_interval(flush_interval)
-        if not lmdb_kwargs.get("lock", True) and not lmdb_kwargs.get("readonly"):
+        if not options.get("lock", True) and not options.get("readonly"):
             raise ValueError(
                 "lock=False needs readonly=True: without its locks LMDB writes over "
                 "what is being read."
             )
-        if lmdb_kwargs.get("max_spare_txns"):
+        if options.get("max_spare_txns"):
             raise ValueError(
                 "max_spare_txns must be 0: cached transactions don't survive a fork."
             )
         super().__init__(path, codec)
+        self._options = options
         self._open(max_map_size, timeout, flush_interval, True)
 
     def _open(

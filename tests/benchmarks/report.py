@@ -25,6 +25,12 @@ READS = {
     *("get", "get, missing", "in", "all items", "items of a prefix (100)"),
     *("get, array of 1 MiB", "open and close"),
 }
+HEADLINES = {
+    "get": "read a value by its key",
+    "all items": "read all entries, each",
+    "bulk load": "load many entries, each",
+}
+COMPARED = ("py-lmdb by hand", "rocksdict", "diskcache", "sqlitedict")
 PARTS = {
     "hot": "by hand",
     "growth": "growing data",
@@ -86,6 +92,22 @@ def _about(about: dict[str, Any]) -> str:
             f"measurement.** {line}"
         )
     return line
+
+
+def headline(part: dict[str, Any]) -> str:
+    """Return three figures, and what others take for the same."""
+    found = part.get("workloads", {}).get(BUFFERED, {})
+    rows = []
+    for workload, title in HEADLINES.items():
+        row = found.get(workload, {})
+        if OURS in row:
+            ours = row[OURS]["minimum"]
+            others = map(row.get, COMPARED)
+            times = (
+                other and f"{number(other['minimum'] / ours)} times" for other in others
+            )
+            rows.append((title, f"{number(ours)} µs", *(text or "-" for text in times)))
+    return table(("", "this library", *COMPARED), rows)
 
 
 def hot(part: dict[str, Any]) -> str:
@@ -252,6 +274,7 @@ def sections(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "concurrency", concurrency(results["concurrency"])
     if "rivals" in results:
         part = results["rivals"]
+        yield "headline", headline(part)
         yield "rivals-settings", settings(part)
         for durability in (DURABLE, BUFFERED):
             yield f"rivals-{durability}", rivals(part, durability, reads=False)
