@@ -189,6 +189,7 @@ LOOKS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("moment", "batch_size", "buffered"),
     [

@@ -63,8 +63,16 @@ def indexed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     return path, run_index(source, path)
 
 
-def test_printed_figures_agree_with_the_store_left_behind(indexed: Indexed) -> None:
+# Few tests use `indexed`, as each may run in a process of its own, which makes it anew.
+
+
+def test_what_is_printed_agrees_with_the_store_left_behind(indexed: Indexed) -> None:
     path, run = indexed
+    # Without a terminal progress is in lines.
+    first, *others = run.stderr.splitlines(keepends=True)
+    assert re.fullmatch(r"1 of [\d,]+ modules, 0 objects\n", first)
+    for line in others:
+        assert re.fullmatch(r"[\d,]+ of [\d,]+ modules, [\d,]+ objects\n", line)
     report = re.fullmatch(
         r"Python .*\n"
         r"store    in (.+)\n"
@@ -73,7 +81,7 @@ def test_printed_figures_agree_with_the_store_left_behind(indexed: Indexed) -> N
         r"reading  \d+\.\d\d s for ([\d,]+) objects\n"
         r"on disk  ([\d,]+) bytes\n"
         r"(\{.*\})\n"
-        r"next     .*\n",
+        r"next     look for more:\n(.*)",
         run.stdout,
         re.DOTALL,
     )
@@ -87,6 +95,10 @@ def test_printed_figures_agree_with_the_store_left_behind(indexed: Indexed) -> N
     with LmdbObjectStore(path, key_encoding="utf-8", readonly=True) as store:
         assert 100 < modules < written == store.env.stat()["entries"]
         assert ast.literal_eval(report[6]) == store["calendar.isleap"]
+    command = [sys.executable, "-c", dedent(report[7])]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    assert lines[0] == (inspect.getdoc(json.loads) or "").splitlines()[0]
+    assert "json.decoder.JSONDecoder.decode" in ast.literal_eval(lines[-1])
 
 
 def test_entries_describe_what_the_interpreter_imports(indexed: Indexed) -> None:
@@ -103,25 +115,6 @@ def test_entries_describe_what_the_interpreter_imports(indexed: Indexed) -> None
         "line": inspect.getsourcelines(json.loads)[1],
     }
     assert nested["line"] == inspect.getsourcelines(json.JSONDecoder.decode)[1]
-
-
-def test_what_is_told_to_try_next_works(indexed: Indexed) -> None:
-    _, run = indexed
-    _, _, code = run.stdout.partition("next     look for more:\n")
-    command = [sys.executable, "-c", dedent(code)]
-    lines = subprocess.check_output(command, text=True).splitlines()
-    assert lines[0] == (inspect.getdoc(json.loads) or "").splitlines()[0]
-    names = ast.literal_eval(lines[-1])
-    assert "json.decoder.JSONDecoder.decode" in names
-    assert names == sorted(names)
-
-
-def test_progress_is_in_lines_without_a_terminal(indexed: Indexed) -> None:
-    _, run = indexed
-    first, *others = run.stderr.splitlines(keepends=True)
-    assert re.fullmatch(r"1 of [\d,]+ modules, 0 objects\n", first)
-    for line in others:
-        assert re.fullmatch(r"[\d,]+ of [\d,]+ modules, [\d,]+ objects\n", line)
 
 
 def test_modules_that_can_not_be_read_are_skipped(tmp_path: Path) -> None:
@@ -217,6 +210,8 @@ def test_dask_example_says_what_it_needs() -> None:
 
 
 def test_dask_progress_on_a_terminal(source: Path, tmp_path: Path) -> None:
+    if not conftest.THOROUGH:
+        pytest.skip("takes long: --thorough runs it")
     pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
     watcher, terminal = pty.openpty()
     command = [sys.executable, str(DASK_REDUCE), "--path", str(tmp_path)]

@@ -748,5 +748,5 @@ TestStoreAsDict = pytest.mark.timeout(400)(
     )
 )
 TestStoreAsDict.settings = settings(
-    max_examples=times(20, thorough=100), stateful_step_count=40, deadline=None
+    max_examples=times(14, thorough=100), stateful_step_count=40, deadline=None
 )
