@@ -189,7 +189,6 @@ LOOKS = {
 }
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("moment", "batch_size", "buffered"),
     [
@@ -197,6 +196,7 @@ LOOKS = {
         ("look", 1, False),
         ("putmulti", 1, False),
         ("putmulti", 1, True),
+        ("look", 2, False),
         ("putmulti", 2, False),
         ("putmulti", 2, True),
     ],

@@ -178,6 +178,7 @@ def open_branch(bank, lib_version):
     print(sum((branch.events for branch in branches), Counter()))  # for pytest -rP
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_transfers_by_threads_of_several_processes(bank, open_branch, lib_version):
     branches = [open_branch(name) for name in ("first", "second", "third")]
@@ -190,6 +191,7 @@ def test_transfers_by_threads_of_several_processes(bank, open_branch, lib_versio
     verify(bank.db_path)
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_transfers_while_processes_are_killed(bank, open_branch, lib_version):
     chance = random.Random(lib_version)

@@ -256,6 +256,7 @@ def test_deleting_several_at_once_leaves_room_to_delete(
         store.close()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lib_version", [0, 1])
 @pytest.mark.parametrize(
     ("size", "counts"),

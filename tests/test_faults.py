@@ -74,6 +74,7 @@ for number in range(start, 10**9):
 """
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_kill_leaves_all_or_nothing_of_each_batch(tmp_path, lib_version):
     chance = random.Random(lib_version)

@@ -136,6 +136,7 @@ def test_a_file_that_is_short_for_a_good_reason_is_opened(
     assert store[b"new"] == 1
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 @pytest.mark.parametrize("how", ["large list", "list in many pages"])
 def test_the_list_of_free_pages_is_cut_off(tmp_path, lib_version, how):
@@ -147,6 +148,7 @@ def test_the_list_of_free_pages_is_cut_off(tmp_path, lib_version, how):
             LmdbObjectStore(tmp_path / "db")
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_a_damaged_list_of_free_pages(tmp_path, lib_version):
     free_pages_at_the_end(tmp_path, lib_version, "list in many pages")
@@ -162,6 +164,7 @@ def test_a_damaged_list_of_free_pages(tmp_path, lib_version):
         LmdbObjectStore(tmp_path / "db")
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_a_long_list_of_free_pages_is_read_to_its_end(tmp_path, lib_version):
     free_pages_at_the_end(tmp_path, lib_version, "list in many pages")

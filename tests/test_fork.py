@@ -443,6 +443,7 @@ verify("db")
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("_unmeasured")
 @ENGINES
 def test_fork_while_other_threads_do_everything(run, lib_version):

@@ -127,6 +127,7 @@ def test_len_counts_no_commit_that_reads_do_not_see_yet(open_store, lib_version)
             assert len(store) == len(list(store)) == count
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_readers_and_writers_killed_at_random(open_store, lib_version, start):
     chance = random.Random(lib_version)

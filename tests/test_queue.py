@@ -54,6 +54,7 @@ def first(store):
         holder.stdin.close()
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 def test_killed_writers_take_no_turn_of_others_with_them(
     run,  # noqa: F811

@@ -2383,6 +2383,7 @@ store.close(strict=True)
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("how", "rounds"),
     [("transaction", 500), ("edit", 500)],
