@@ -50,17 +50,26 @@ async def talk(
                 text = await answer(store, line.decode().strip())
                 writer.write(text.encode() + b"\n")
                 await writer.drain()
-    finally:  # at the end of the program, too, which waits for that
+    finally:  # also when the program ends, which waits for that
         writer.close()
 
 
 async def serve(path: Path, port: int) -> None:
-    """Serve the store at `path` until the program ends."""
+    """Serve the store at `path` until this task is cancelled."""
+    task = asyncio.current_task()
+    assert task
+    with suppress(NotImplementedError):  # on Windows, where SIGTERM just kills
+        # The loop cancels between two steps, where an exception could come anywhere.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with Store(path, key_encoding="utf-8") as store:
         server = await asyncio.start_server(partial(talk, store), "127.0.0.1", port)
         async with server:
             print("port", server.sockets[0].getsockname()[1], flush=True)
-            await server.serve_forever()
+            try:
+                await asyncio.Event().wait()  # serve_forever() would wait for clients
+            finally:
+                for other in asyncio.all_tasks() - {task}:
+                    other.cancel()
 
 
 def main() -> None:
@@ -69,9 +78,12 @@ def main() -> None:
     parser.add_argument("--path", type=Path, required=True, help="of the store")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with suppress(KeyboardInterrupt):
+    try:
         asyncio.run(serve(arguments.path, arguments.port))
+    except KeyboardInterrupt:
+        pass
+    except asyncio.CancelledError:  # by SIGTERM
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
