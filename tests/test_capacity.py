@@ -198,7 +198,7 @@ def test_put_many_that_can_not_fit_changes_nothing(open_capped):
 # Deleting at the cap
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 @pytest.mark.parametrize("batch_size", [1, 10, 1000])
@@ -282,7 +282,7 @@ def test_a_batch_that_just_fits_leaves_room_to_delete(
     assert 0 < len(fitted) < len(counts)  # the edge is among them
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @ENGINES
 @pytest.mark.parametrize("cap", CAPS, ids=lambda cap: f"{cap // KIB}K")
 def test_full_and_empty_again_and_again(open_capped, engine, cap):

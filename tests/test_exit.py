@@ -124,6 +124,7 @@ elif __name__ == "__main__":
 """
 
 
+@pytest.mark.one_in(2)
 @needs_sigterm
 @pytest.mark.parametrize("where", ["main", *METHODS])
 def test_a_signal_during_the_exit_flush_loses_nothing(run, stored, where):
@@ -306,7 +307,7 @@ if __name__ == "__main__":
 PUT_BY_CHILD = {f"{n}": n for n in range(100)}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @packages
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
@@ -465,6 +466,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.one_in(2)
 @needs_fork
 @pytest.mark.parametrize(
     ("outer", "method", "inner"),

@@ -129,6 +129,7 @@ for number in range(10**9):
 """
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 @pytest.mark.parametrize("how", ["clear", "range", "list"])
 def test_kill_leaves_all_or_nothing_of_what_is_deleted(tmp_path, lib_version, how):
@@ -497,7 +498,7 @@ def erase(store):
     return count
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @linux_only
 @ENGINES
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def fork(child):
 # The parent's and the child's
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("child", "code"),
     [

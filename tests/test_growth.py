@@ -196,6 +196,7 @@ def test_one_200_mib_value_fits_into_a_64_kib_store(open_store, growths):
     assert len(growths()) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", [100, 1400, 3000, MIB])
 def test_a_batch_larger_than_the_map_grows_it_once(open_store, growths, size):
     store = open_store(map_size=SMALL_MAP, sync=False)

@@ -200,7 +200,7 @@ def test_references_inside_a_large_value_stay_references(store):
         assert first is second is third
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("kind", LARGE_VALUES)
 def test_large_values_of_older_pickle_protocols_are_read(store, kind, protocol):

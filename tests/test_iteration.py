@@ -816,6 +816,7 @@ def mixed():
     return values
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pending", [False, True], ids=["stored", "pending"])
 @by_direction
 def test_large_values_come_out_right_while_the_map_grows(
@@ -837,6 +838,7 @@ def test_large_values_come_out_right_while_the_map_grows(
     assert store.env.info()["map_size"] > 64 * MIB
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("what", ["overwrite", "delete", "clear"])
 @by_direction
 def test_growth_while_a_large_value_is_unpickled(
@@ -961,8 +963,8 @@ STATUS = Path("/proc/self/status")
     ("size", "value", "pace"),
     [
         (400_000, 0, 4_999),
-        (300, bytes(MIB), 1),
-        (300, [b"%1000d" % n for n in range(MIB // 1_000)], 1),
+        (120, bytes(MIB), 1),
+        (120, [b"%1000d" % n for n in range(MIB // 1_000)], 1),
     ],
     ids=["small", "large bytes", "large lists"],
 )

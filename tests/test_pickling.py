@@ -536,6 +536,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.one_in(2)
 @ENGINES
 @pytest.mark.parametrize("method", METHODS)
 def test_children_get_a_store_of_their_own(run, lib_version, method):

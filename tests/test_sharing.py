@@ -875,7 +875,7 @@ def test_cap_and_timeout_are_the_same_for_all(open_store):
 
 
 def test_a_cap_limits_the_writes_of_all(open_store):
-    first = open_store()
+    first = open_store(map_size=4 * MIB)
     second = open_store(max_map_size=MIB, map_size=MIB, timeout=0)
     first.max_map_size = map_size(first)
     with pytest.raises(GrowthError):
@@ -948,7 +948,7 @@ def test_what_all_stores_could_not_flush_is_lost_with_the_last(open_store, caplo
     assert dict(open_store()) == {}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 @pytest.mark.parametrize("closed", [None, 0, 1, 2])
 @pytest.mark.parametrize("cycle", [False, True])

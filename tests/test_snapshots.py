@@ -1319,7 +1319,7 @@ store.close()
 """
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @needs_fork
 @ENGINES
 @pytest.mark.parametrize(

@@ -1624,7 +1624,7 @@ def inside():
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @needs_fork
 @ENGINES
 @pytest.mark.parametrize("how", IN_CHILD)

@@ -104,6 +104,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.one_in(3)
 @methods
 def test_workers_of_a_data_loader_read_every_item_once(tmp_path, run, stored, method):
     assert run(STAND_IN, method, options=OPTIONS).stderr == ""
