@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import lmdb_object_store
-from lmdb_object_store import LmdbObjectStore
+from lmdb_object_store import LmdbObjectStore, keys, serializers
 
 README = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
 TIMEOUT = 60
@@ -75,7 +75,12 @@ def test_recipes_are_short():
 def test_every_public_name_is_told():
     names = {
         name
-        for name in [*lmdb_object_store.__all__, *vars(LmdbObjectStore)]
+        for name in [
+            *lmdb_object_store.__all__,
+            *keys.__all__,
+            *serializers.__all__,
+            *vars(LmdbObjectStore),
+        ]
         if not name.startswith("_")
     }
     assert {name for name in names if not re.search(rf"\b{name}\b", README)} == set()
@@ -85,4 +90,5 @@ def test_options_are_shown_with_their_defaults():
     shown = dict(re.findall(r"^ +(\w+)=([^,#]+),", README, re.MULTILINE))
     parameters = list(inspect.signature(LmdbObjectStore).parameters.values())
     for option in parameters[1:-1]:  # all but db_path and **lmdb_kwargs
-        assert eval(shown.get(option.name, "...")) == option.default, option.name
+        default = eval(shown.get(option.name, "..."), vars(serializers))
+        assert repr(default) == repr(option.default), option.name

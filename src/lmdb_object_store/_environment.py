@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pickle import loads
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -26,7 +25,7 @@ from ._diagnosis import DAMAGED, explained
 from ._locks import Action, Args, held_here, poll
 from ._queue import WriterQueue
 from ._registry import registry
-from ._values import CHUNK_BYTES, LARGE, LargeValue, is_blob, unpickle, unpickle_error
+from ._values import CHUNK_BYTES, LARGE, LargeValue, Values, is_blob
 from ._writer import Writer
 from .exceptions import (
     ClosedError,
@@ -142,7 +141,9 @@ class Environment:
 
     # Reads
 
-    def read(self, key: bytes, default: Any, block: OpenBlock | None = None) -> Any:
+    def read(
+        self, key: bytes, default: Any, values: Values, block: OpenBlock | None = None
+    ) -> Any:
         """Return the object stored under `key`, or `default`.
 
         The caller looks into the write buffer first, since a flush empties the buffer
@@ -154,6 +155,7 @@ class Environment:
         outer = readers.get(me)
         begin = self.begin
         gate = self.gate
+        loads: Any = values.loads
         txn: Any = None
         readers[me] = True
         try:
@@ -184,7 +186,7 @@ class Environment:
                 if views:
                     if not large:
                         raw = raw.tobytes()
-                    elif is_blob(raw):
+                    elif values.in_pieces and is_blob(raw):
                         return loads(raw)  # runs no user code
                     else:
                         raw = LargeValue(gate, txn, raw)
@@ -196,12 +198,16 @@ class Environment:
                 if block is None and not isinstance(error, DAMAGED):
                     self.repair(error, begin)
                 raw = self.fetch(key)
-                return default if raw is None else unpickle(gate, key, raw, False)
+                if raw is None:
+                    return default
+                return values.load_copy(gate, key, raw, False)
             readers[me] = outer or False  # out of the gate: user code from here
             try:
-                return loads(raw) if type(raw) is bytes else raw.load()
+                if type(raw) is not bytes:
+                    return values.load(key, raw)
+                return values.loads_for(key, raw) if loads is None else loads(raw)
             except Exception as error:
-                raise unpickle_error(key, raw, False, error) from error
+                raise values.load_error(key, raw, False, error) from error
         finally:
             try:
                 if outer is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from pickle import loads
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._keys import ALL, KeyCodec, describe
+from ._keys import ALL, Codec
 from ._reads import Source
 from ._scan import count
 from ._snapshot import SnapshotSource
-from ._values import unpickle_error
+from ._values import Values
 from ._views import NOT_GIVEN, StoreItemsView, StoreKeysView, StoreValuesView
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ class StoreMapping(Mapping[_K, _V]):
         # Typing's own would insist on two types: its TypeVars have no defaults yet.
         __class_getitem__ = classmethod(GenericAlias)
 
-    def __init__(self, path: str, codec: KeyCodec) -> None:
+    def __init__(self, path: str, values: Values) -> None:
         self._path = path
-        self._codec = codec
-        self._max_key = codec.max_size
+        self._values = values
+        self._codec = values.codec
+        self._max_key = values.codec.max_size
 
     @property
     @abstractmethod
@@ -66,32 +67,16 @@ class StoreMapping(Mapping[_K, _V]):
         keys: Iterable[_K],
         *,
         decode_keys: Literal[False] = False,
-        decode_not_found: Literal[False] | None = None,
+        decode_not_found: bool | None = None,
     ) -> tuple[dict[bytes, _V], list[_K]]: ...
     @overload
     def get_many(
         self,
         keys: Iterable[_K],
         *,
-        decode_keys: Literal[False] = False,
-        decode_not_found: Literal[True],
-    ) -> tuple[dict[bytes, _V], list[str]]: ...
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[_K],
-        *,
         decode_keys: Literal[True],
-        decode_not_found: Literal[True] | None = None,
-    ) -> tuple[dict[str, _V], list[str]]: ...
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[_K],
-        *,
-        decode_keys: Literal[True],
-        decode_not_found: Literal[False],
-    ) -> tuple[dict[str, _V], list[_K]]: ...
+        decode_not_found: bool | None = None,
+    ) -> tuple[dict[_K, _V], list[_K]]: ...
     def get_many(
         self,
         keys: Iterable[Any],
@@ -106,9 +91,9 @@ class StoreMapping(Mapping[_K, _V]):
         keys : iterable
             Run to its end before anything is read.
         decode_keys : bool
-            Return the found keys as str instead of bytes.
+            Return the found keys as `key_encoding` decodes them instead of bytes.
         decode_not_found : bool, optional
-            Return the missing keys as str; None follows `decode_keys`.
+            Return the missing keys decoded; None follows `decode_keys`.
 
         Returns
         -------
@@ -123,10 +108,10 @@ class StoreMapping(Mapping[_K, _V]):
             `keys` is a single str or bytes, or holds something that is no key.
         ValueError
             `key_encoding` is None, or a key can't be decoded, where it should be.
-        UnpickleError
-            One of the values can't be unpickled.
+        LoadError
+            The serializer can't load one of the values.
         """
-        refuse_single("get_many", keys)
+        refuse_single("get_many", keys, self._codec)
         codec = self._codec
         if decode_not_found is None:
             decode_not_found = decode_keys
@@ -135,7 +120,7 @@ class StoreMapping(Mapping[_K, _V]):
         given = list(keys)
         encoded = self._encoded(given)
         wanted = dict.fromkeys(encoded)
-        found: dict[Any, Any] = self._reading().read_many(list(wanted))
+        found: dict[Any, Any] = self._reading().read_many(list(wanted), self._values)
         not_found: list[Any] = []
         if len(found) < len(wanted):
             names = encoded if decode_not_found else given
@@ -186,35 +171,35 @@ class StoreMapping(Mapping[_K, _V]):
 
     def keys(
         self,
-        prefix: _K | None = None,
+        prefix: _K | tuple[Any, ...] | None = None,
         *,
-        start: _K | None = None,
-        stop: _K | None = None,
+        start: _K | tuple[Any, ...] | None = None,
+        stop: _K | tuple[Any, ...] | None = None,
     ) -> StoreKeysView[_K]:
-        """Return a view of the keys (of a range). See `items`. Nothing is unpickled."""
+        """Return a view of the keys (of a range). See `items`. No value is loaded."""
         return StoreKeysView(self, prefix=prefix, start=start, stop=stop)
 
     def values(
         self,
-        prefix: _K | None = None,
+        prefix: _K | tuple[Any, ...] | None = None,
         *,
-        start: _K | None = None,
-        stop: _K | None = None,
+        start: _K | tuple[Any, ...] | None = None,
+        stop: _K | tuple[Any, ...] | None = None,
     ) -> StoreValuesView[_V]:
         """Return a view of the values (of a key range). See `items`."""
         return StoreValuesView(self, prefix=prefix, start=start, stop=stop)
 
     def items(
         self,
-        prefix: _K | None = None,
+        prefix: _K | tuple[Any, ...] | None = None,
         *,
-        start: _K | None = None,
-        stop: _K | None = None,
+        start: _K | tuple[Any, ...] | None = None,
+        stop: _K | tuple[Any, ...] | None = None,
     ) -> StoreItemsView[_K, _V]:
         """Return a view of the keys and values (of a key range).
 
-        Keys are in the order of their bytes. They come out as str where the store has a
-        `key_encoding` and the bytes are a text that encodes (and normalizes) to them
+        Keys are in the order of their bytes. They come out decoded where the store has
+        a `key_encoding` and the decoded key encodes (and normalizes) to the same bytes
         again, else as bytes.
 
         The view always shows the store as it is when the view is used. A loop flushes
@@ -222,13 +207,14 @@ class StoreMapping(Mapping[_K, _V]):
         thousand keys or about 2 MiB of values (or one larger value), each as of one
         moment, and holds nothing in between. Any thread may write meanwhile, in the
         loop's body too: every entry that is there throughout comes once. At a value
-        that can't be unpickled the iterator raises, and can go on with the next one.
+        that can't be loaded the iterator raises, and can go on with the next one.
         After any other error it has ended.
 
         Parameters
         ----------
         prefix : optional
-            Only keys whose bytes begin with those of `prefix`.
+            Only keys whose bytes begin with those of `prefix`; with
+            `keys.TupleKeys`, only tuples that begin with the elements of `prefix`.
         start, stop : optional
             Only keys from `start` on and before `stop`; no error if they cross.
             Bounds are of the types of keys, but of any length, and compared as
@@ -253,7 +239,7 @@ class StoreMapping(Mapping[_K, _V]):
 
     def _key_error(self, key: Any) -> KeyError:
         shown = key if isinstance(key, str) else self._codec.encode(key)
-        return KeyError(f"Key not found: {describe(shown)}")
+        return KeyError(f"Key not found: {self._codec.describe(shown)}")
 
 
 class Snapshot(StoreMapping[_K, _V]):
@@ -265,8 +251,8 @@ class Snapshot(StoreMapping[_K, _V]):
     `ClosedError`.
     """
 
-    def __init__(self, path: str, codec: KeyCodec, source: SnapshotSource) -> None:
-        super().__init__(path, codec)
+    def __init__(self, path: str, values: Values, source: SnapshotSource) -> None:
+        super().__init__(path, values)
         self._open_source = source
 
     def _source(self) -> SnapshotSource:
@@ -285,10 +271,14 @@ class Snapshot(StoreMapping[_K, _V]):
         raw = self._open_source.fetch(key)
         if raw is None:
             return default
+        values = self._values
+        loads = values.loads
         try:
-            return loads(raw) if type(raw) is bytes else raw.load()
+            if loads is not None and type(raw) is bytes:
+                return loads(raw)
+            return values.load(key, raw)
         except Exception as error:
-            raise unpickle_error(key, raw, False, error) from error
+            raise values.load_error(key, raw, False, error) from error
 
     def __contains__(self, key: object) -> bool:
         """Return whether there is a value under `key`."""
@@ -305,9 +295,14 @@ class Snapshot(StoreMapping[_K, _V]):
         return f"<{type(self).__name__} of {self._path!r}, {state}>"
 
 
-def refuse_single(method: str, keys: object) -> None:
-    if isinstance(keys, (str, bytes, bytearray, memoryview)):
+def refuse_single(method: str, keys: object, codec: Codec) -> None:
+    single = isinstance(keys, (str, bytes, bytearray, memoryview))
+    if not single and isinstance(keys, tuple):
+        with suppress(TypeError, ValueError):  # a tuple of keys is none itself
+            codec.encode_bound(keys)
+            single = True
+    if single:
         raise TypeError(
             f"{method}() takes an iterable of keys, not a single "
-            f"{type(keys).__name__}; put the key in a list."
+            f"{type(keys).__name__}, which is a key itself; put the key in a list."
         )

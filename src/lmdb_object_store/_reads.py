@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pickle import loads
 from typing import Any, TypeVar
 
 import lmdb
@@ -17,7 +16,7 @@ import lmdb
 from ._buffer import ABSENT, Batch, WriteBuffer
 from ._diagnosis import DAMAGED
 from ._environment import Begin, Environment, Pick
-from ._values import ManyValues, load, unpickle_error
+from ._values import ManyValues, Values
 from .exceptions import ClosedError
 
 _R = TypeVar("_R")
@@ -59,14 +58,14 @@ class Source:
         """Return whether a scan gets views of the map."""
         return self.environment.gives_views(values)
 
-    def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
+    def read_many(self, keys: list[bytes], values: Values) -> dict[bytes, Any]:
         """Return the objects stored under `keys`, pending or not, at one moment."""
         try:
-            return self.gate.user_code(self._read_many, keys)
+            return self.gate.user_code(self._read_many, keys, values)
         except DAMAGED:  # once more, as in `Environment.retry`
-            return self.gate.user_code(self._read_many, keys)
+            return self.gate.user_code(self._read_many, keys, values)
 
-    def _read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
+    def _read_many(self, keys: list[bytes], values: Values) -> dict[bytes, Any]:
         gate = self.gate
 
         def pick(begin: Begin) -> tuple[lmdb.Transaction[Any], tuple[Batch, bool]]:
@@ -79,15 +78,15 @@ class Source:
 
         pending, stored = self.view(pick, pin)
         try:
-            return self._unpickle_many(pending, stored, len(keys))
+            return self._load_many(pending, stored, len(keys), values)
         finally:
             try:
                 gate.read(stored.abort)
             finally:
                 stored.forget()
 
-    def _unpickle_many(
-        self, pending: Batch, stored: ManyValues, count: int
+    def _load_many(
+        self, pending: Batch, stored: ManyValues, count: int, values: Values
     ) -> dict[bytes, Any]:
         gate = self.gate
         found: dict[bytes, Any] = {}
@@ -101,13 +100,14 @@ class Source:
             count -= len(chunk)
             if pending:
                 raws = list(map(pending.get, chunk, raws))
-            unpickle = load if gate.large_seen else loads
+            loads: Any = values.loads
             try:
                 for key, raw in zip(chunk, raws, strict=True):
                     if raw is not None:
-                        found[key] = unpickle(raw)
+                        quick = loads is not None and type(raw) is bytes
+                        found[key] = loads(raw) if quick else values.load(key, raw)
             except Exception as error:
-                raise unpickle_error(key, raw, key in pending, error) from error
+                raise values.load_error(key, raw, key in pending, error) from error
         return found
 
 

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import chain, islice
 from operator import itemgetter, length_hint
-from pickle import loads
 from typing import Any, Protocol
 
 import lmdb
@@ -14,10 +13,10 @@ import lmdb
 from ._buffer import Batch
 from ._environment import Begin
 from ._gate import Pin
-from ._keys import ALL, KeyCodec, KeyRange
+from ._keys import ALL, Codec, KeyRange
 from ._locks import locked
 from ._reads import Source, adjustment, pick_all
-from ._values import LARGE, LargeValue, load, unpickle_error
+from ._values import LARGE, LargeValue, Values
 from .exceptions import ClosedError
 
 _ROOM = 2**18
@@ -63,7 +62,7 @@ class Scan:
         source: Source,
         keys: KeyRange,
         reverse: bool,
-        values: bool,
+        values: Values | None = None,
         owner: Owner | None = None,
     ) -> None:
         self.source = source
@@ -85,32 +84,38 @@ class Scan:
         self._removals = source.pending.removals
         source.gate.iterators.add(self)
 
-    def keys(self, codec: KeyCodec | None = None) -> Iterator[Any]:
+    def keys(self, codec: Codec | None = None) -> Iterator[Any]:
         """Iterate over the keys, named by `codec` or as they are stored."""
         return chain.from_iterable(self._chunks(codec))
 
-    def items(self, codec: KeyCodec | None = None) -> Iterator[tuple[Any, Any]]:
-        """Iterate over keys and unpickled values, also after an `UnpickleError`."""
+    def items(self, codec: Codec | None = None) -> Iterator[tuple[Any, Any]]:
+        """Iterate over keys and loaded values, also after a `LoadError`."""
         return chain.from_iterable(self._loading(codec))
 
-    def _loading(self, codec: KeyCodec | None) -> Iterator[Iterator[Any]]:
+    def _loading(self, codec: Codec | None) -> Iterator[Iterator[Any]]:
+        values: Any = self._values
         for rows in self._chunks(codec):
             rest = iter(rows)
             while length_hint(rest):  # more than once: an error ends the generator
-                yield self._unpickled(rest, codec)
+                yield self._loaded(rest, codec, values)
 
-    def _unpickled(self, rows: Iterator[Any], codec: KeyCodec | None) -> Iterator[Any]:
-        unpickle = load if self._views else loads
+    def _loaded(
+        self, rows: Iterator[Any], codec: Codec | None, values: Values
+    ) -> Iterator[Any]:
+        loads = values.loads
         for key, raw in rows:
             try:
-                value = unpickle(raw)
+                if loads is not None and type(raw) is bytes:
+                    value = loads(raw)
+                else:
+                    value = values.load(codec.encode(key) if codec else key, raw)
             except Exception as error:
                 stored = codec.encode(key) if codec else key
                 buffered = stored in self._buffered
-                raise unpickle_error(stored, raw, buffered, error) from error
+                raise values.load_error(stored, raw, buffered, error) from error
             yield key, value
 
-    def _chunks(self, codec: KeyCodec | None) -> Iterator[list[Any]]:
+    def _chunks(self, codec: Codec | None) -> Iterator[list[Any]]:
         while True:
             rows = self._chunk() if self._more and not self._inherited else []
             if codec and rows:
@@ -166,14 +171,14 @@ class Scan:
 
     def _pick(self, begin: Begin) -> tuple[lmdb.Transaction[Any], Batch]:
         self._sort_in(self._new_pending())
-        self._views = self.source.gives_views(self._values)
+        self._views = self.source.gives_views(self._values is not None)
         entries = self.source.pending.entries
         keys = self._ahead[: -self._count - 1 : -1]
         picked = dict(zip(keys, map(entries.__getitem__, keys), strict=True))
         return begin(None, None, False, self._views), picked
 
     def _read(self, txn: Any, picked: Batch) -> tuple[list[Any], bool, Batch]:
-        entries = _entries(txn, self._rest, self._reverse, self._values)
+        entries = _entries(txn, self._rest, self._reverse, self._values is not None)
         limited = islice(entries, self._count)
         if self._views and self._values:
             return *self._copy(txn, limited), picked

@@ -18,7 +18,7 @@ from ._locks import held_here, locked, poll, try_locked
 from ._reads import Source, pick_none
 from ._scan import Owner
 from ._scope import Scope
-from ._values import LARGE, LargeValue, load, unpickle_error
+from ._values import LARGE, LargeValue, Values
 from .exceptions import BusyError, ClosedError
 
 _R = TypeVar("_R")
@@ -149,7 +149,7 @@ class SnapshotSource(Source):
     # Reads
 
     def fetch(self, key: bytes) -> Any:
-        """Return the stored value of `key`, for `load`, if there is one."""
+        """Return the stored value of `key`, for `Values.load`, if there is one."""
         # As `view`, but without the lock as long as only one thread uses it.
         gate = self.gate
         readers = gate.readers
@@ -218,19 +218,21 @@ class SnapshotSource(Source):
             return None
         return LargeValue(self.gate, txn, view) if len(view) >= LARGE else bytes(view)
 
-    def read_many(self, keys: list[bytes]) -> dict[bytes, Any]:
+    def read_many(self, keys: list[bytes], values: Values) -> dict[bytes, Any]:
         if self.closed:
             raise self.closed_error()
         found = {}
+        loads: Any = values.loads
         for start in range(0, len(keys), _CHUNK_KEYS):
             chunk = keys[start : start + _CHUNK_KEYS]
             raws = self.view(pick_none, self._fetch_many, chunk)
             try:
                 for key, raw in zip(chunk, raws, strict=True):
                     if raw is not None:
-                        found[key] = load(raw)
+                        quick = loads is not None and type(raw) is bytes
+                        found[key] = loads(raw) if quick else values.load(key, raw)
             except Exception as error:
-                raise unpickle_error(key, raw, False, error) from error
+                raise values.load_error(key, raw, False, error) from error
         return found
 
     def _fetch_many(self, txn: Any, _: None, keys: list[bytes]) -> list[Any]:

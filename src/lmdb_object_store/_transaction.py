@@ -20,6 +20,7 @@ from ._keys import KeyRange
 from ._reads import Source, is_as_expected, is_stored, last_key, pick_none
 from ._scan import Scan
 from ._scope import Scope
+from ._values import Values
 from .exceptions import BusyError, ClosedError
 
 _R = TypeVar("_R")
@@ -256,8 +257,8 @@ class TransactionBlock(Source):
         self.check()
         return super().fetch(key)
 
-    def read(self, key: bytes, default: Any) -> Any:
-        return self.environment.read(key, default, self)
+    def read(self, key: bytes, default: Any, values: Values) -> Any:
+        return self.environment.read(key, default, values, self)
 
     def holds(self, key: bytes) -> bool:
         return self.environment.holds(key)
@@ -322,7 +323,7 @@ class TransactionBlock(Source):
         ]
 
     def delete_range(self, keys: KeyRange) -> int:
-        return self._delete(Scan(self, keys, False, False).keys())
+        return self._delete(Scan(self, keys, False).keys())
 
     def _delete(self, keys: Iterable[bytes]) -> int:
         deletions: Batch = dict.fromkeys(keys)

@@ -1,19 +1,20 @@
-"""Values: pickling, and unpickling while the map may move."""
+"""Values: writing them, and reading them while the map may move."""
 
 from __future__ import annotations
 
 from enum import Enum
 from itertools import chain
-from pickle import HIGHEST_PROTOCOL, Unpickler, dumps, loads
+from pickle import Unpickler, loads
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import lmdb
 
 from ._gate import Gate, Pin
-from ._keys import describe
+from ._keys import Codec, add_note
 from ._map_size import MAX_VALUE
-from .exceptions import GrowthError, SizeError, UnpickleError
+from .exceptions import GrowthError, LoadError, SizeError
+from .serializers import Json, Pickle, by_key, is_keyed, original, portable
 
 LARGE = 128 * 2**10
 """Bytes from which a value is unpickled out of the map piece by piece.
@@ -26,46 +27,104 @@ CHUNK_BYTES = 2**20
 _CHUNK_KEYS = 512
 _CONSTANTS: tuple[type, ...] = (type(None), type(...), type(NotImplemented), slice)
 _CONSTANTS += (type, FunctionType, BuiltinFunctionType)
-_PROTOCOL = dumps(None, HIGHEST_PROTOCOL)[:1]  # of all pickles from protocol 2 on
+_PICKLE_HEAD = b"\x80"  # of all pickles from protocol 2 on
 _Chunk = tuple[list[bytes], list[Any]]
-"""Keys and their values: None, or an argument for `load`."""
-
-# Pickling
+"""Keys and their values: None, or an argument for `Values.load`."""
 
 
-def pickled(key: bytes, obj: object, max_value: int, cap: int | None) -> bytes:
-    """Return the pickle of `obj`, to be stored under `key`."""
-    # `put` and `put_many` do the same without a call, which costs 4 %.
-    try:
-        raw = dumps(obj, HIGHEST_PROTOCOL)
-    except Exception as error:
-        note_key(error, key)
-        raise
-    if len(raw) > max_value:
-        raise value_error(key, len(raw), cap)
-    return raw
+class Values:
+    """How a store object writes and reads values, and shows their keys in errors.
 
+    Attributes
+    ----------
+    dumps_for : callable
+        Returns the bytes of an object: ``dumps_for(key, obj)``.
+    by_pickle : bool
+        Whether ``pickle.dumps(obj, 5)`` does the same, but faster.
+    loads_for : callable
+        Returns the object of bytes: ``loads_for(key, raw)``. Runs user code.
+    loads : callable or None
+        ``loads(raw)``, which does the same, but faster; None if the serializer needs
+        the key.
+    in_pieces : bool
+        Whether large values are unpickled out of the map piece by piece.
+    """
 
-def note_key(error: Exception, key: bytes) -> None:
-    """Name the key in an error of pickling. 3.10 has no add_note()."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    vars(error)["__notes__"] = [*notes, f"while pickling the value of {describe(key)}"]
+    def __init__(self, serializer: Any, codec: Codec) -> None:
+        self._serializer = serializer = portable(serializer)
+        self.codec = codec
+        self.dumps_for, self.loads_for = by_key(serializer)
+        self._pickles = type(serializer) is Pickle
+        self.in_pieces = self._pickles and serializer.allow is None
+        self.by_pickle = self.in_pieces and serializer.protocol == 5
+        self.loads = None if is_keyed(serializer) else serializer.loads
+        if self.in_pieces:
+            self.loads = loads
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Values, (self._serializer, self.codec)
 
-def value_error(key: bytes, size: int, cap: int | None) -> GrowthError | SizeError:
-    """Return the error of a value that is too large for LMDB or for the cap."""
-    if cap is not None and size <= MAX_VALUE:
-        return GrowthError(
-            f"The value of {describe(key)} takes {size} bytes and can never fit "
-            f"below max_map_size ({cap} bytes)."
+    @property
+    def serializer(self) -> Any:
+        """The serializer, as it was given."""
+        return original(self._serializer)
+
+    def note_key(self, error: Exception, key: bytes) -> None:
+        """Name the key in an error of `dumps_for`."""
+        verb = "pickling" if self._pickles else "serializing"
+        add_note(error, f"while {verb} the value of {self.codec.describe(key)}")
+
+    def size_error(
+        self, key: bytes, size: int, cap: int | None
+    ) -> GrowthError | SizeError:
+        """Return the error of a value that is too large for LMDB or for the cap."""
+        name = self.codec.describe(key)
+        if cap is not None and size <= MAX_VALUE:
+            return GrowthError(
+                f"The value of {name} takes {size} bytes and can never fit below "
+                f"max_map_size ({cap} bytes)."
+            )
+        return SizeError(
+            f"The value of {name} takes {size} bytes; LMDB stores values below 4 GiB. "
+            "Store it in pieces."
         )
-    return SizeError(
-        f"The value of {describe(key)} takes {size} bytes; LMDB stores values "
-        "below 4 GiB. Store it in pieces."
-    )
 
+    def load(self, key: bytes, raw: bytes | LargeValue) -> Any:
+        """Do the same as `loads_for` for a `LargeValue`, too."""
+        if isinstance(raw, LargeValue):
+            if self.in_pieces:
+                return raw.unpickle()
+            raw = raw.take()
+        return self.loads_for(key, raw)
 
-# Unpickling
+    def load_copy(
+        self, gate: Gate, key: bytes, raw: bytes, buffered: bool = True
+    ) -> Any:
+        """Return the object of a pending write, or of a value copied out of the map."""
+        try:
+            if self.loads is not None:
+                return gate.user_code(self.loads, raw)
+            return gate.user_code(self.loads_for, key, raw)
+        except Exception as error:
+            raise self.load_error(key, raw, buffered, error) from error
+
+    def load_error(
+        self, key: bytes, raw: bytes | LargeValue, buffered: bool, error: Exception
+    ) -> LoadError:
+        source = "buffered" if buffered else "DB"
+        name = self.codec.describe(key)
+        verb = "unpickle" if self._pickles else "load"
+        text = f"Failed to {verb} {source} key {name}: {error}"
+        first = raw.first if isinstance(raw, LargeValue) else raw[:1]
+        if self._pickles and first != _PICKLE_HEAD and self._serializer.protocol > 1:
+            text = (
+                f"{text.rstrip('.')}. The value is no pickle of this library: another "
+                "program, or a store with another serializer=, has probably written "
+                "the value. With serializer=Bytes() a store reads the bytes themselves."
+            )
+        elif first == _PICKLE_HEAD and isinstance(self._serializer, Json):
+            text = f"{text.rstrip('.')}. The value begins like a pickle."
+        return LoadError(text)
 
 
 def is_blob(view: memoryview) -> bool:
@@ -77,35 +136,8 @@ def is_blob(view: memoryview) -> bool:
     )
 
 
-def load(raw: bytes | LargeValue) -> Any:
-    """Unpickle a value of `ManyValues`."""
-    return loads(raw) if isinstance(raw, bytes) else raw.load()
-
-
-def unpickle(gate: Gate, key: bytes, raw: bytes, buffered: bool = True) -> Any:
-    """Return the object of a pending write, or of a value copied out of the map."""
-    try:
-        return gate.user_code(loads, raw)
-    except Exception as error:
-        raise unpickle_error(key, raw, buffered, error) from error
-
-
-def unpickle_error(
-    key: bytes, raw: bytes | LargeValue, buffered: bool, error: Exception
-) -> UnpickleError:
-    source = "buffered" if buffered else "DB"
-    text = f"Failed to unpickle {source} key {describe(key)}: {error}"
-    if (raw if isinstance(raw, bytes) else raw.first)[:1] != _PROTOCOL:
-        text = (
-            f"{text.rstrip('.')}. The value is no pickle of this library: another "
-            "program has probably written it. Read it by store.env, as the bytes that "
-            "it is."
-        )
-    return UnpickleError(text)
-
-
 class LargeValue(Pin):
-    """One stored value, as a file for `pickle.Unpickler`.
+    """One stored value, to be copied, or as a file for `pickle.Unpickler`.
 
     Copying a large value before unpickling costs more than the unpickling, and
     unpickling in place would make growth wait for a ``__setstate__``. So each piece is
@@ -120,12 +152,19 @@ class LargeValue(Pin):
         self._position = 0
         gate.pins.add(self)
 
-    def load(self) -> Any:
-        """Unpickle the value, and end the transaction."""
+    def unpickle(self) -> Any:
+        """Unpickle the value piece by piece, and end the transaction."""
         try:
             return Unpickler(self).load()
         finally:
             self.forget()  # an exception's traceback could keep it open
+
+    def take(self) -> bytes:
+        """Return a copy of all bytes, and end the transaction."""
+        try:
+            return self._gate.read(lambda: self._view.tobytes())
+        finally:
+            self.forget()
 
     def read(self, size: int) -> bytes:
         return self._gate.read(self._read, size)

@@ -6,9 +6,10 @@ from collections.abc import ItemsView, Iterator, KeysView, MappingView, ValuesVi
 from operator import itemgetter
 from typing import Any, Protocol, TypeVar
 
-from ._keys import KeyCodec, KeyRange
+from ._keys import Codec, KeyRange
 from ._reads import Source
 from ._scan import Owner, Scan, count
+from ._values import Values
 
 NOT_GIVEN: Any = object()
 """In place of an argument, or of a value that is not there."""
@@ -21,7 +22,8 @@ class _Store(Owner, Protocol):
     """The mapping that a view is of."""
 
     _path: str
-    _codec: KeyCodec
+    _codec: Codec
+    _values: Values
 
     @property
     def get(self) -> Any: ...
@@ -45,9 +47,11 @@ class _RangeView(MappingView):
         codec = store._codec
         self._names = codec if codec.encoding is not None else None
         self._bounds = {name: key for name, key in bounds.items() if key is not None}
-        encoded = {name: codec.encode_bound(key) for name, key in self._bounds.items()}
+        given = dict(self._bounds)
+        prefix = given.pop("prefix", b"")
+        encoded = {name: codec.encode_bound(key) for name, key in given.items()}
         keys = KeyRange(encoded.get("start", b""), encoded.get("stop"))
-        self.range = keys.starting_with(encoded.get("prefix", b""))
+        self.range = keys.overlap(codec.prefix_range(prefix))
 
     def __len__(self) -> int:
         return count(self._store._source(), self.range)
@@ -64,7 +68,7 @@ class _RangeView(MappingView):
         raw = codec.find(key)
         return raw if raw is not None and self.range.holds(raw) else None
 
-    def _scan(self, reverse: bool, values: bool = True) -> Scan:
+    def _scan(self, reverse: bool, values: Values | None) -> Scan:
         source = self._store._reading()
         if source.closed:
             raise source.closed_error()
@@ -85,10 +89,10 @@ class StoreKeysView(_RangeView, KeysView[_K]):
         return raw is not None and raw in self._store
 
     def __iter__(self) -> Iterator[_K]:
-        return self._scan(False, False).keys(self._names)
+        return self._scan(False, None).keys(self._names)
 
     def __reversed__(self) -> Iterator[_K]:
-        return self._scan(True, False).keys(self._names)
+        return self._scan(True, None).keys(self._names)
 
 
 class StoreItemsView(_RangeView, ItemsView[_K, _V]):
@@ -105,10 +109,10 @@ class StoreItemsView(_RangeView, ItemsView[_K, _V]):
         return stored is value or (stored is not NOT_GIVEN and bool(stored == value))
 
     def __iter__(self) -> Iterator[tuple[_K, _V]]:
-        return self._scan(False).items(self._names)
+        return self._scan(False, self._store._values).items(self._names)
 
     def __reversed__(self) -> Iterator[tuple[_K, _V]]:
-        return self._scan(True).items(self._names)
+        return self._scan(True, self._store._values).items(self._names)
 
 
 class StoreValuesView(_RangeView, ValuesView[_V]):
@@ -119,7 +123,7 @@ class StoreValuesView(_RangeView, ValuesView[_V]):
         return any(stored is value or stored == value for stored in self)
 
     def __iter__(self) -> Iterator[_V]:
-        return map(itemgetter(1), self._scan(False).items())
+        return map(itemgetter(1), self._scan(False, self._store._values).items())
 
     def __reversed__(self) -> Iterator[_V]:
-        return map(itemgetter(1), self._scan(True).items())
+        return map(itemgetter(1), self._scan(True, self._store._values).items())

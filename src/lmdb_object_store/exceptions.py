@@ -16,7 +16,7 @@ class ReadOnlyError(lmdb.ReadonlyError):
 
 
 class SizeError(lmdb.BadValsizeError, ValueError):
-    """A key is empty or too long, or a pickled value is larger than LMDB stores."""
+    """A key is empty or too long, or a value is larger than LMDB stores."""
 
 
 class GrowthError(lmdb.MapFullError):
@@ -99,8 +99,15 @@ class BusyError(lmdb.Error):
     """
 
 
-class UnpickleError(RuntimeError):
-    """A stored value can't be unpickled; the cause is chained."""
+class LoadError(RuntimeError):
+    """The serializer can't load a stored value.
+
+    The message names the key. The serializer's own error is chained. `UnpickleError` is
+    the older name of this class.
+    """
+
+
+UnpickleError = LoadError
 
 
 class LostWritesError(RuntimeError):

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from functools import partial
-from pickle import HIGHEST_PROTOCOL, dumps
+from pickle import dumps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,7 +18,7 @@ from ._buffer import ABSENT
 from ._diagnosis import data_path
 from ._environment import StandIn
 from ._files import LmdbOptions, identity_of
-from ._keys import ALL, KeyCodec, describe
+from ._keys import ALL, codec_of
 from ._mapping import _K, _T, _V, Snapshot, StoreMapping, refuse_single
 from ._reads import ANYTHING, last_key, look_up
 from ._registry import Handle, Opening, registry
@@ -26,16 +26,32 @@ from ._scope import manager
 from ._shared import SharedStore
 from ._snapshot import SnapshotScope, SnapshotSource
 from ._transaction import BlockScope, TransactionBlock
-from ._values import is_immutable, note_key, pickled, unpickle, value_error
+from ._values import Values, is_immutable
 from ._views import NOT_GIVEN, StoreKeysView
 from ._writer import log
 from .exceptions import BusyError, ClosedError, LostWritesError, ReadOnlyError
+from .serializers import PICKLE
 
 if TYPE_CHECKING:
     from _typeshed import SupportsItems, SupportsKeysAndGetItem
     from typing_extensions import Self, Unpack
 
+    from .keys import KeyEncoding
+    from .serializers import AnySerializer
+
     _Pairs = SupportsItems[_K, _V] | Iterable[tuple[_K, _V]]
+
+    class _Options(LmdbOptions, total=False):
+        """The options that say nothing of keys and values."""
+
+        autoflush_on_read: bool
+        key_errors: str
+        str_normalize: str | None
+        batch_bytes: int
+        max_map_size: int | None
+        timeout: float
+        flush_interval: float | None
+
 else:
     Unpack = dict  # for typing.get_type_hints
 
@@ -63,8 +79,8 @@ class _Closed(StandIn):
 class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     """A thread-safe, dict-like store of Python objects in one LMDB file.
 
-    Values are pickled: never open a file from somebody you don't trust, as unpickling
-    can run any code.
+    Values are pickled, unless `serializer` says otherwise. Unpickling can run any code:
+    give a store of a file that others can write to a `serializer` that is safe.
 
     Writes are buffered and reach the disk in one transaction when `batch_size` or
     `batch_bytes` is reached, after `flush_interval` seconds, at `flush`, at `close`,
@@ -87,16 +103,17 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         has been flushed when its call returns.
     autoflush_on_read : bool
         Flush before reads that must go to the database. Can be set later.
-    key_encoding : str, optional
-        A codec such as ``"utf-8"``, which allows str keys. Without it keys are
-        bytes, bytearray or memoryview.
+    key_encoding : str or KeyEncoding, optional
+        A codec such as ``"utf-8"``, which allows str keys. Or an object with
+        ``encode(key)`` and ``decode(bytes)``, such as `keys.TupleKeys`, for keys of
+        other types. Without it keys are bytes, bytearray or memoryview.
     key_errors : str
         The codec's error handler. ``"ignore"`` and ``"replace"`` can make one
         key of different ones; ``"surrogateescape"`` round-trips any bytes.
     str_normalize : {"NFC", "NFD", "NFKC", "NFKD"}, optional
         The normal form that str keys are brought to before they are encoded.
     batch_bytes : int
-        Bytes of buffered keys and pickled values that trigger a flush, >= 1.
+        Bytes of buffered keys and values that trigger a flush, >= 1.
     max_map_size : int, optional
         Bytes up to which the map may grow by itself; None sets no limit, or leaves
         that of the stores that have the file open.
@@ -111,6 +128,10 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         background; None leaves that to the other occasions. A process that is killed
         loses no older write, and other processes see all others. A flush that fails
         there is logged, and tried again after pauses that double up to about a minute.
+    serializer : object
+        How values become bytes: an object or a module with ``dumps(obj)`` and
+        ``loads(bytes)``. `serializers` has some. It is called by any thread, without a
+        lock. It is an option of the store, not of the file.
     **lmdb_kwargs
         Everything else that `lmdb.open` takes: ``map_size``, ``subdir``,
         ``readonly``, ``lock``, ``sync``, ``writemap``, ``lib_version``, ...
@@ -136,28 +157,70 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     autoflush_on_read: bool
 
+    @overload
+    def __init__(
+        self: LmdbObjectStore[bytes, _V],
+        db_path: str | os.PathLike[str],
+        batch_size: int = 1000,
+        *,
+        key_encoding: None = None,
+        serializer: AnySerializer[_V] = PICKLE,
+        **options: Unpack[_Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LmdbObjectStore[str, _V],
+        db_path: str | os.PathLike[str],
+        batch_size: int = 1000,
+        *,
+        key_encoding: str,
+        serializer: AnySerializer[_V] = PICKLE,
+        **options: Unpack[_Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        db_path: str | os.PathLike[str],
+        batch_size: int = 1000,
+        *,
+        key_encoding: KeyEncoding[_K],
+        serializer: AnySerializer[_V] = PICKLE,
+        **options: Unpack[_Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        db_path: str | os.PathLike[str],
+        batch_size: int = 1000,
+        *,
+        key_encoding: str | None,
+        serializer: AnySerializer[_V] = PICKLE,
+        **options: Unpack[_Options],
+    ) -> None: ...
     def __init__(
         self,
         db_path: str | os.PathLike[str],
         batch_size: int = 1000,
         *,
         autoflush_on_read: bool = True,
-        key_encoding: str | None = None,
+        key_encoding: Any = None,
         key_errors: str = "strict",
         str_normalize: str | None = None,
         batch_bytes: int = 64 * 2**20,
         max_map_size: int | None = None,
         timeout: float = _TIMEOUT,
         flush_interval: float | None = _FLUSH_INTERVAL,
-        **lmdb_kwargs: Unpack[LmdbOptions],
+        serializer: Any = PICKLE,
+        **lmdb_kwargs: Any,
     ) -> None:
-        options: dict[str, Any] = {**lmdb_kwargs}
+        options = lmdb_kwargs
         self._readonly = bool(options.get("readonly"))
         self._batch_size = self._batch_bytes = 1
         self.batch_size = batch_size
         self.batch_bytes = batch_bytes
         self.autoflush_on_read = bool(autoflush_on_read)
-        codec = KeyCodec(key_encoding, key_errors, str_normalize)
+        codec = codec_of(key_encoding, key_errors, str_normalize)
+        values = Values(serializer, codec)
         path = _checked_path(db_path)
         _check_names(options)
         map_size = options.get("map_size", 0)
@@ -177,7 +240,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             raise ValueError(
                 "max_spare_txns must be 0: cached transactions don't survive a fork."
             )
-        super().__init__(path, codec)
+        super().__init__(path, values)
         self._options = options
         self._open(max_map_size, timeout, flush_interval, True)
 
@@ -245,8 +308,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         ------
         TypeError, SizeError
             A key of another type than the store takes, empty or too long.
-        UnpickleError
-            A RuntimeError: the stored value can't be unpickled.
+        LoadError
+            A RuntimeError: the serializer can't load the stored value.
         """
         if type(key) is not bytes or not 0 < len(key) <= self._max_key:
             key = self._codec.encode(key)
@@ -261,13 +324,13 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             if raw is None:
                 return default
             if raw is not ABSENT:
-                return unpickle(source.gate, key, raw)
+                return self._values.load_copy(source.gate, key, raw)
             if self.autoflush_on_read:
                 source.flush_for_read()
-        return source.read(key, default)
+        return source.read(key, default, self._values)
 
     def exists(self, key: _K, *, flush: bool | None = None) -> bool:
-        """Return whether there is a value under `key`; nothing is unpickled.
+        """Return whether there is a value under `key`; no value is loaded.
 
         ``flush=True`` flushes first, and raises if the flush fails; False never
         flushes; None follows `autoflush_on_read`.
@@ -324,7 +387,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     # Writes
 
     def put(self, key: _K, obj: _V) -> None:
-        """Store `obj` under `key`: pickle it at once, write it with the next flush.
+        """Store `obj` under `key`: serialize it at once, write it with the next flush.
 
         Later changes of `obj` are not stored. If this put makes a batch full and the
         flush fails, the put is refused: it raises and changes nothing.
@@ -340,7 +403,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         BusyError
             Another thread's transaction block has not ended for `timeout` seconds.
         Exception
-            The error of pickling `obj`.
+            The error of the serializer, with a note that names the key.
         """
         encoded: Any = key
         size = len(encoded) if type(encoded) is bytes else 0
@@ -348,14 +411,15 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             encoded = self._codec.encode(encoded)
             size = len(encoded)
         pending = self._pending
+        values = self._values
         try:
-            raw = dumps(obj, HIGHEST_PROTOCOL)
+            raw = dumps(obj, 5) if values.by_pickle else values.dumps_for(encoded, obj)
         except Exception as error:
-            note_key(error, encoded)
+            values.note_key(error, encoded)
             raise
         value_size = len(raw)
         if value_size > pending.max_value:
-            raise value_error(encoded, value_size, self.max_map_size)
+            raise values.size_error(encoded, value_size, self.max_map_size)
         size += value_size
         count = len(pending.entries)
         # From here to the return there is no call, and no jump that is taken: one step
@@ -373,8 +437,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     def put_many(self, items: _Pairs[_K, _V]) -> None:
         """Store many values in one transaction: all of them, or none.
 
-        Pending writes are flushed first. `items` is run and pickled before any
-        lock is taken; the pickled values are all in memory then. (`update` needs
+        Pending writes are flushed first. `items` is run and serialized before any
+        lock is taken; the serialized values are all in memory then. (`update` needs
         little memory, but is not atomic.) The last one of a duplicate key wins.
         Raises as `put` does; nothing of `items` has been written then.
         """
@@ -382,6 +446,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         encode = self._codec.encode
         longest = self._max_key
         most = self._pending.max_value
+        values = self._values
+        by_pickle, dumps_for = values.by_pickle, values.dumps_for
         pairs = items.items() if hasattr(items, "items") else items
         for item in pairs:
             try:
@@ -394,12 +460,12 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             if type(key) is not bytes or not 0 < len(key) <= longest:
                 key = encode(key)
             try:
-                batch[key] = raw = dumps(obj, HIGHEST_PROTOCOL)
+                batch[key] = raw = dumps(obj, 5) if by_pickle else dumps_for(key, obj)
             except Exception as error:
-                note_key(error, key)
+                values.note_key(error, key)
                 raise
             if len(raw) > most:
-                raise value_error(key, len(raw), self.max_map_size)
+                raise values.size_error(key, len(raw), self.max_map_size)
         self._target().write_many(batch)
 
     def delete(self, key: _K) -> None:
@@ -439,7 +505,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         target = self._target()
         if isinstance(keys, StoreKeysView) and keys.is_of(self._shared.gate):
             return target.delete_range(keys.range)
-        refuse_single("delete_many", keys)
+        refuse_single("delete_many", keys, self._codec)
         return target.delete_many(set(self._encoded(keys)))
 
     def clear(self) -> None:
@@ -447,8 +513,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         self._target().delete_range(ALL)
 
     # Reading and writing as one step for all threads of this process. A value is
-    # unpickled without any lock, and again if another thread changes it meanwhile. A
-    # value that can't be unpickled stays.
+    # loaded without any lock, and again if another thread changes it meanwhile. A value
+    # that can't be loaded stays.
 
     @overload
     def pop(self, key: _K) -> _V: ...
@@ -469,7 +535,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 if default is NOT_GIVEN:
                     raise self._key_error(key)
                 return default
-            value = unpickle(target.gate, encoded, raw, buffered)
+            value = self._values.load_copy(target.gate, encoded, raw, buffered)
             if target.compare_and_set(encoded, raw, None, self._limits):
                 return value
 
@@ -487,13 +553,13 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             raw, buffered = look_up(target, key)
             if raw is None:
                 continue  # another thread was faster
-            value = unpickle(target.gate, key, raw, buffered)
+            value = self._values.load_copy(target.gate, key, raw, buffered)
+            name: Any = self._codec.name(key)
             if attempts < _ATTEMPTS:
                 deleted = target.compare_and_delete_last(key, raw, self._limits)
             else:
                 deleted = self._compare_and_set(key, raw, None)
             if deleted:
-                name: Any = self._codec.name(key)
                 return name, value
         raise KeyError("popitem(): the store is empty")
 
@@ -515,8 +581,8 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         while True:
             raw, buffered = look_up(target, encoded)
             if raw is not None:
-                return unpickle(target.gate, encoded, raw, buffered)
-            new = new or self._pickled(encoded, default)
+                return self._values.load_copy(target.gate, encoded, raw, buffered)
+            new = self._dumped(encoded, default) if new is None else new
             if self._compare_and_set(encoded, None, new):
                 return default
 
@@ -595,7 +661,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         """
         encoded: Any = self._codec.encode(key)
         self._target()
-        new = None if default is NOT_GIVEN else self._pickled(encoded, default)
+        new = None if default is NOT_GIVEN else self._dumped(encoded, default)
 
         def begin() -> Any:
             source = self._source()
@@ -604,12 +670,13 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
                 raw, buffered = new, True
             if raw is None:
                 raise self._key_error(key)
-            value = unpickle(source.gate, encoded, raw, buffered)
+            value = self._values.load_copy(source.gate, encoded, raw, buffered)
             if is_immutable(value):
+                name = self._codec.describe(encoded)
                 raise TypeError(
-                    f"The value of {describe(encoded)} can't be changed in place: it "
-                    f"is of type {type(value).__name__}. Use transaction(), and store "
-                    "a new value in its block."
+                    f"The value of {name} can't be changed in place: it is of type "
+                    f"{type(value).__name__}. Use transaction(), and store a new value "
+                    "in its block."
                 )
             return value
 
@@ -643,7 +710,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
         def begin() -> Snapshot[_K, _V]:
             shared.open_snapshot(source)
-            return Snapshot(self._path, self._codec, source)
+            return Snapshot(self._path, self._values, source)
 
         return manager(SnapshotScope(source, begin))
 
@@ -668,7 +735,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
         While other stores of this process have the file open, the file stays open,
         with the writes that could not be flushed. Closing again does nothing. A value
-        that another thread is unpickling at this moment is unpickled to its end.
+        that another thread is loading at this moment is loaded to its end.
 
         Raises
         ------
@@ -727,9 +794,16 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
         return self._path
 
     @property
-    def key_encoding(self) -> str | None:
-        """The codec of str keys, or None."""
-        return self._codec.encoding
+    def key_encoding(self) -> str | KeyEncoding[_K] | None:
+        """The codec of str keys, the object that encodes keys, or None."""
+        encoding: str | KeyEncoding[_K] | None = self._codec.encoding
+        return encoding
+
+    @property
+    def serializer(self) -> AnySerializer[_V]:
+        """The serializer of the values."""
+        serializer: AnySerializer[_V] = self._values.serializer
+        return serializer
 
     @property
     def key_errors(self) -> str:
@@ -775,7 +849,7 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
 
     @property
     def batch_bytes(self) -> int:
-        """Bytes of buffered keys and pickled values that trigger a flush."""
+        """Bytes of buffered keys and values that trigger a flush."""
         return self._batch_bytes
 
     @batch_bytes.setter
@@ -856,8 +930,17 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
     def _compare_and_set(self, key: bytes, expected: Any, raw: bytes | None) -> bool:
         return self._target().compare_and_set(key, expected, raw, self._limits)
 
-    def _pickled(self, key: bytes, obj: object) -> bytes:
-        return pickled(key, obj, self._pending.max_value, self.max_map_size)
+    def _dumped(self, key: bytes, obj: object) -> bytes:
+        # `put` and `put_many` do the same without a call, which costs 4 %.
+        values = self._values
+        try:
+            raw = values.dumps_for(key, obj)
+        except Exception as error:
+            values.note_key(error, key)
+            raise
+        if len(raw) > self._pending.max_value:
+            raise values.size_error(key, len(raw), self.max_map_size)
+        return raw
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str:

@@ -1,5 +1,7 @@
 """What a type checker infers for users of the store. Checked, never run."""
 
+import json
+import pickle
 from collections.abc import (
     ItemsView,
     Iterator,
@@ -9,6 +11,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,17 @@ import lmdb
 from typing_extensions import assert_type
 
 from lmdb_object_store import LmdbObjectStore, Snapshot
+from lmdb_object_store.keys import KeyEncoding, TupleKeys
+from lmdb_object_store.serializers import (
+    Bytes,
+    Checked,
+    Compressed,
+    Json,
+    KeyedSerializer,
+    Pickle,
+    Serializer,
+    Signed,
+)
 
 
 @dataclass
@@ -23,28 +37,86 @@ class User:
     name: str
 
 
-AnyKey = bytes | bytearray | memoryview | str
+Decoded = tuple[dict[str, User], list[str]]
+AsMypySees = LmdbObjectStore[bytes, User]
 BytesAndKeys = tuple[dict[bytes, User], list[str]]
 
 
 def without_annotations() -> None:
     store = LmdbObjectStore("p")
-    assert_type(store, LmdbObjectStore[AnyKey, Any])
+    assert_type(store, LmdbObjectStore[bytes, Any])
     store[b"a"] = 1
-    store["b"] = User("Ann")
-    store.put(bytearray(b"c"), None)
-    store.put_many({"d": 1, "e": "two"})
-    store.put_many([(b"f", 1), (memoryview(b"g"), [2])])
-    ages = {"ann": 40}
+    store.put(b"b", None)
+    store.put_many({b"d": 1, b"e": "two"})
+    store.put_many([(b"f", 1), (b"g", [2])])
+    ages = {b"ann": 40}
     store.put_many(ages)
     assert_type(store[b"a"], Any)
-    assert_type(store.get("b"), Any | None)
-    found, not_found = store.get_many([b"a", "b"])
+    assert_type(store.get(b"b"), Any | None)
+    found, not_found = store.get_many([b"a", b"b"])
     assert_type(found, dict[bytes, Any])
-    assert_type(not_found, list[AnyKey])
+    assert_type(not_found, list[bytes])
     del store[b"a"]
+    store["b"] = 1  # type: ignore[arg-type]
     store[5] = 1  # type: ignore[arg-type]
     store.get(None)  # type: ignore[call-overload]
+
+
+def kinds_of_keys(encoding: str | None, times: KeyEncoding[datetime]) -> None:
+    store = LmdbObjectStore("p", key_encoding="utf-8")
+    assert_type(store, LmdbObjectStore[str, Any])
+    for key in store:
+        assert_type(key.upper(), str)
+    store[b"b"] = 1  # type: ignore[arg-type]
+    by_time = LmdbObjectStore("p", 10, key_encoding=times, subdir=False)
+    assert_type(by_time, LmdbObjectStore[datetime, Any])
+    by_time["today"] = 1  # type: ignore[arg-type]
+    by_tuple = LmdbObjectStore("p", key_encoding=TupleKeys())
+    assert_type(by_tuple, LmdbObjectStore[Any, Any])
+    for name, number, moment in by_tuple:
+        by_tuple[name, number] = by_tuple[5] = moment
+    readings: LmdbObjectStore[tuple[str, int, float], User] = LmdbObjectStore(
+        "p", key_encoding=TupleKeys()
+    )
+    readings = LmdbObjectStore[tuple[str, int, float], User](
+        "p", key_encoding=TupleKeys()
+    )
+    for reading, user in readings.items(("sensor", 7), start=("sensor", 7, 1.5)):
+        assert_type(reading, tuple[str, int, float])
+        assert_type(user, User)
+    readings["sensor", 7] = User("a")  # type: ignore[arg-type]
+    either: LmdbObjectStore[str | bytes] = LmdbObjectStore("p", key_encoding=encoding)
+    either["a"] = either[b"b"] = 1
+
+
+def kinds_of_values(secret: bytes) -> None:
+    raw = LmdbObjectStore("p", serializer=Bytes())
+    assert_type(raw, LmdbObjectStore[bytes, bytes])
+    raw[b"k"] = "text"  # type: ignore[arg-type]
+    utf8 = LmdbObjectStore("p", key_encoding="utf-8", serializer=Signed(Utf8(), secret))
+    assert_type(utf8, LmdbObjectStore[str, str])
+    packed = LmdbObjectStore("p", serializer=Checked(Compressed(Utf8())))
+    assert_type(packed[b"k"], str)
+    data = LmdbObjectStore("p", key_encoding=TupleKeys(), serializer=Json())
+    assert_type(data[5], Any)
+    by_module = LmdbObjectStore("p", serializer=pickle)
+    assert_type(by_module[b"k"], Any)
+    users: LmdbObjectStore[str, User] = LmdbObjectStore(
+        "p", key_encoding="utf-8", serializer=Pickle(allow=[User])
+    )
+    assert_type(users["ann"], User)
+    assert_type(Compressed(), Compressed[Any])
+    assert_type(Checked(), Checked[Any])
+    LmdbObjectStore("p", serializer=json)  # type: ignore[arg-type]
+    LmdbObjectStore("p", serializer=5)  # type: ignore[call-overload]
+
+
+class Utf8:
+    def dumps(self, obj: str) -> bytes:
+        return obj.encode()
+
+    def loads(self, raw: bytes) -> str:
+        return raw.decode()
 
 
 def options(path: Path) -> None:
@@ -78,12 +150,12 @@ def options(path: Path) -> None:
     )
     several: dict[str, Any] = {"map_size": 2**30}
     LmdbObjectStore(path, **several)
-    LmdbObjectStore(5)  # type: ignore[arg-type]
-    LmdbObjectStore(path, "1000")  # type: ignore[arg-type]
-    LmdbObjectStore(path, key_encoding=8)  # type: ignore[arg-type]
-    LmdbObjectStore(path, max_map_size="1G")  # type: ignore[arg-type]
-    LmdbObjectStore(path, map_size="1G")  # type: ignore[arg-type]
-    LmdbObjectStore(path, mapsize=2**30)  # type: ignore[call-arg]
+    LmdbObjectStore(5)  # type: ignore[call-overload]
+    LmdbObjectStore(path, "1000")  # type: ignore[call-overload]
+    LmdbObjectStore(path, key_encoding=8)  # type: ignore[call-overload]
+    LmdbObjectStore(path, max_map_size="1G")  # type: ignore[call-overload]
+    LmdbObjectStore(path, map_size="1G")  # type: ignore[call-overload]
+    LmdbObjectStore(path, mapsize=2**30)  # type: ignore[call-overload]
 
 
 def annotated() -> None:
@@ -91,6 +163,12 @@ def annotated() -> None:
     assert_type(store["ann"], User)
     values_only: LmdbObjectStore[bytes] = LmdbObjectStore("p")
     assert_type(values_only[b"k"], Any)
+
+
+def forgotten_key_encoding() -> None:
+    # pyright refuses the call; mypy takes bytes for the keys, and refuses str.
+    store = LmdbObjectStore[str, User]("p")  # pyright: ignore[reportCallIssue]
+    assert_type(store, AsMypySees)  # pyright: ignore[reportAssertTypeFailure]
 
 
 def point_access(user: User) -> None:
@@ -147,28 +225,12 @@ def many(user: User) -> None:
 
 
 def decoding() -> None:
-    store = LmdbObjectStore[bytes, User]("p", key_encoding="utf-8")
-    keys = [b"ann"]
-    assert_type(store.get_many(keys), tuple[dict[bytes, User], list[bytes]])
-    assert_type(
-        store.get_many(keys, decode_keys=True), tuple[dict[str, User], list[str]]
-    )
-    assert_type(
-        store.get_many(keys, decode_not_found=True),
-        tuple[dict[bytes, User], list[str]],
-    )
-    assert_type(
-        store.get_many(keys, decode_keys=True, decode_not_found=False),
-        tuple[dict[str, User], list[bytes]],
-    )
-    assert_type(
-        store.get_many(keys, decode_keys=False, decode_not_found=False),
-        tuple[dict[bytes, User], list[bytes]],
-    )
-    assert_type(
-        store.get_many(keys, decode_keys=True, decode_not_found=True),
-        tuple[dict[str, User], list[str]],
-    )
+    store = LmdbObjectStore[str, User]("p", key_encoding="utf-8")
+    keys = ["ann"]
+    assert_type(store.get_many(keys), tuple[dict[bytes, User], list[str]])
+    assert_type(store.get_many(keys, decode_keys=True), Decoded)
+    assert_type(store.get_many(keys, decode_not_found=True), BytesAndKeys)
+    assert_type(store.get_many(keys, decode_keys=True, decode_not_found=False), Decoded)
     store.get_many(keys, True)  # type: ignore[call-overload]
 
 
@@ -189,19 +251,19 @@ def mapping(user: User) -> None:
 
 
 def mapping_without_annotations() -> None:
-    store = LmdbObjectStore("p")
-    assert_type(iter(store), Iterator[AnyKey])
-    assert_type(store.popitem(), tuple[AnyKey, Any])
-    assert_type(store.pop(b"ann"), Any)
-    assert_type(store.setdefault(b"ann", 1), Any)
-    assert_type(list(store.items("a")), list[tuple[AnyKey, Any]])
+    store = LmdbObjectStore("p", key_encoding="utf-8")
+    assert_type(iter(store), Iterator[str])
+    assert_type(store.popitem(), tuple[str, Any])
+    assert_type(store.pop("ann"), Any)
+    assert_type(store.setdefault("ann", 1), Any)
+    assert_type(list(store.items("a")), list[tuple[str, Any]])
     ages = {"ann": 40}
     store.update(ages)
-    store.update(LmdbObjectStore[bytes, int]("q"))
+    store.update(LmdbObjectStore[str, int]("q", key_encoding="utf-8"))
     store.update(ages.items(), bob=1)
     store.update(ann=1)
     store |= ages
-    store |= LmdbObjectStore[bytes, int]("q")
+    store |= LmdbObjectStore[str, int]("q", key_encoding="utf-8")
     store.delete_many(ages)
 
 
@@ -274,7 +336,7 @@ def changes(user: User) -> None:
 
 
 def life_cycle() -> None:
-    with LmdbObjectStore[str, User]("p") as store:
+    with LmdbObjectStore[str, User]("p", key_encoding="utf-8") as store:
         assert_type(store, LmdbObjectStore[str, User])
         store.flush()
     store.close()
@@ -311,7 +373,8 @@ def several_things_at_once(store: LmdbObjectStore[str, User]) -> None:
 
 def attributes(store: LmdbObjectStore[str, User]) -> None:
     assert_type(store.db_path, str)
-    assert_type(store.key_encoding, str | None)
+    assert_type(store.key_encoding, str | KeyEncoding[str] | None)
+    assert_type(store.serializer, Serializer[User] | KeyedSerializer[User])
     assert_type(store.key_errors, str)
     assert_type(store.str_normalize, str | None)
     assert_type(store.env, lmdb.Environment)
