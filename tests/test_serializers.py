@@ -243,6 +243,39 @@ def test_a_store_takes_its_serializer_to_another_process(open_store):
         assert pool.submit(value_of, store, b"k").result(60) == VALUES["small"]
 
 
+ON_DISK = [
+    (
+        Compressed(Bytes()),
+        b"value " * 20,
+        "004c4f5301789c2b4bcc294d5528a33b0900a55a2cc5",
+    ),
+    (
+        Compressed(Bytes()),
+        b"value " * 20,
+        "004c4f530228b52ffd20786d00003076616c75652001002f692902",
+    ),
+    (Compressed(Bytes()), b"\0LOS", "004c4f5300004c4f53"),
+    (Checked(Bytes()), b"value", "76616c7565e6f355c6"),
+    (
+        Signed(Bytes(), SECRET),
+        b"value",
+        "76616c7565c2e01a9ad71c0e2fd7948f92ab9747a5bd554241cd0f06a9e7a13e5ddd1f95c5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("serializer", "value", "on_disk"), ON_DISK)
+def test_values_of_other_machines_and_releases_are_read(
+    open_store, serializer, value, on_disk
+):
+    store, raw = open_store(serializer=serializer), open_store(serializer=Bytes())
+    raw[b"key"] = bytes.fromhex(on_disk)
+    assert store[b"key"] == value
+    if not value.startswith(b"value "):  # compression may have got better
+        store[b"key"] = value
+        assert raw[b"key"].hex() == on_disk
+
+
 # What can be one, and what it may return
 
 
