@@ -31,6 +31,10 @@ needs_sigterm = pytest.mark.skipif(
     os.name == "nt", reason="Windows has no SIGTERM to send"
 )
 
+LINUX = sys.platform == "linux"
+MOUNT = ["unshare", "--mount"] if LINUX and os.geteuid() == 0 else ["unshare", "-rm"]
+"""Begins a command that can mount file systems; see `small_disks`."""
+
 THOROUGH = False
 """Whether to try all moments and to repeat often."""
 SEED = 0
@@ -97,21 +101,40 @@ def pytest_collection_modifyitems(
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOWEST)))
     if not THOROUGH:
-        chosen = [item for item in items if _is_chosen(item)]
+        values: dict[tuple[Any, ...], list[Any]] = {}
+        chosen = [item for item in items if _is_chosen(item, values)]
         config.hook.pytest_deselected(items=[*{*items}.difference(chosen)])
         items[:] = chosen
 
 
-def _is_chosen(item: Any) -> bool:
+def _is_chosen(item: Any, values: dict[tuple[Any, ...], list[Any]]) -> bool:
     """Return whether to run a test that may have the mark `one_in`.
 
-    If each of two parameters has as many values as that, each value is tried.
+    If each of two parameters has as many values as that, each value is tried. `values`
+    numbers the values of each parameter of a test, in the order in which they come.
     """
     mark = item.get_closest_marker("one_in")
     if mark is None:
         return True
     [number] = mark.args
-    return (sum(item.callspec.indices.values()) + SEED) % number == 0
+    position = SEED
+    for name, value in item.callspec.params.items():
+        known = values.setdefault((item.parent, item.originalname, name), [])
+        places = [place for place, one in enumerate(known) if one is value]
+        position += places[0] if places else len(known)
+        if not places:
+            known.append(value)
+    return position % number == 0
+
+
+@pytest.fixture(scope="session")
+def small_disks() -> None:
+    """Skip where this user can't mount a small file system by `MOUNT`."""
+    probe = [*MOUNT, "mount", "-t", "tmpfs", "none", "/mnt"]
+    try:
+        subprocess.run(probe, check=True, capture_output=True, timeout=PATIENCE)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("can't mount a file system here")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,11 +13,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import PATIENCE, times
+from conftest import MOUNT, PATIENCE, times
 from lmdb_object_store import LmdbObjectStore
 
 LINUX = sys.platform == "linux"
-needs_mounts = pytest.mark.skipif(not LINUX, reason="needs Linux's mount namespaces")
 linux_only = pytest.mark.skipif(not LINUX, reason="needs Linux's rlimits and /proc")
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 
@@ -173,19 +172,6 @@ def test_an_iterable_that_raises_leaves_nothing(open_store, error):
 
 # A full disk
 
-MOUNT = ["unshare", "--mount"] if LINUX and os.geteuid() == 0 else ["unshare", "-rm"]
-
-
-@pytest.fixture(scope="session")
-def small_disks():
-    """Skip where this user can't mount a small file system of his own."""
-    probe = [*MOUNT, "mount", "-t", "tmpfs", "none", "/mnt"]
-    try:
-        subprocess.run(probe, check=True, capture_output=True, timeout=PATIENCE)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("can't mount a file system here")
-
-
 FULL_DISK = """
 import logging, os, subprocess, sys
 import lmdb
@@ -226,7 +212,6 @@ os.unlink("disk/ballast")
 """
 
 
-@needs_mounts
 @ENGINES
 def test_a_full_disk(run, small_disks, lib_version):
     freed = """
@@ -244,7 +229,6 @@ def test_a_full_disk(run, small_disks, lib_version):
     run(FULL_DISK + textwrap.dedent(freed), lib_version, prefix=MOUNT)
 
 
-@needs_mounts
 @ENGINES
 @pytest.mark.parametrize("erase", ["store.clear()", "store.delete_many(store.keys())"])
 def test_a_full_disk_can_be_cleared(run, small_disks, lib_version, erase):
@@ -261,7 +245,6 @@ def test_a_full_disk_can_be_cleared(run, small_disks, lib_version, erase):
     run(script, lib_version, prefix=MOUNT)
 
 
-@needs_mounts
 def test_closing_on_a_full_disk_keeps_what_is_lost(run, small_disks):
     script = FULL_DISK.replace('os.unlink("disk/ballast")', "") + textwrap.dedent("""
         try:
