@@ -62,7 +62,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, open_store, lib_version, sh
     with pytest.raises(CorruptedError) as caught:
         open_store()
     assert isinstance(caught.value, lmdb.CorruptedError)
-    for part in (str(file), f"{int(whole * share)} bytes", f"have {whole}", "copy"):
+    for part in (str(file), f"{int(whole * share)} bytes", f"have {whole}", "salvage"):
         assert part in str(caught.value)
     assert file.stat().st_size == int(whole * share)
     shutil.copy(tmp_path / "copy", file)
@@ -289,7 +289,7 @@ def test_damage_is_told_with_the_file_and_the_next_steps(
     with pytest.raises(CorruptedError) as caught:
         use(store)
     assert isinstance(caught.value, lmdb.CorruptedError)
-    for part in (str(file), "MDB_CORRUPTED", "copy the file", "verify", "restore"):
+    for part in (str(file), "MDB_CORRUPTED", "check`", "backup", "salvage`"):
         assert part in str(caught.value)
 
 

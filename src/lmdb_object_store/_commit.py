@@ -6,9 +6,7 @@ larger, or clears the slots of dead readers. Then it is tried again.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import sys
 import weakref
 from collections.abc import Callable, Collection
@@ -20,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import lmdb
 
 from ._buffer import Batch, State
+from ._diagnosis import DISK_CODES
 from ._environment import Environment
 from ._keys import ALL, KeyRange, describe
 from ._map_size import MapSize
@@ -39,9 +38,6 @@ Work = Callable[[Transaction], _R]
 """Changes the database by a transaction."""
 _Covers = Callable[[bytes], bool]
 
-_DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG, -30772}  # MDB_SHORT_WRITE of 1.0
-_DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
-_DISK_CODES |= {39, 112} if os.name == "nt" else set()  # ERROR_(HANDLE_)DISK_FULL
 _EVERYTHING = 2**60  # entries of a deletion whose number isn't known
 _NAMED_DATABASE = 48  # bytes of the value under the name: struct MDB_db of mdb.c
 _RECYCLE_PAGES = 4  # that `_recycle` needs beside those on the way to a key
@@ -263,7 +259,7 @@ class Committer:
                 if not environment.handle.reader_check() and not self._recycle():
                     self._grow(batch, count)
             except lmdb.Error as error:
-                if getattr(error, "code", 0) in _DISK_CODES:
+                if getattr(error, "code", 0) in DISK_CODES:
                     raise self._disk_error(error) from error
                 environment.repair_as_writer(error, begin)
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import lmdb
 
-from ._pages import engine_of, sizes_of
+from ._pages import ENGINES, engine_of, sizes_of
 from .exceptions import CorruptedError, WrongFileError
 
 DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError)
 _EXPLAINED = (CorruptedError, WrongFileError)
-_ENGINES = {0: "0.9", 1: "1.0"}
+DISK_CODES = {errno.EIO, errno.ENOSPC, errno.EFBIG, -30772}  # MDB_SHORT_WRITE of 1.0
+DISK_CODES.add(getattr(errno, "EDQUOT", errno.ENOSPC))
+DISK_CODES |= {39, 112} if os.name == "nt" else set()  # ERROR_(HANDLE_)DISK_FULL
 
 
 def data_path(path: str, options: dict[str, Any]) -> str:
@@ -40,6 +42,11 @@ def opening_error(error: lmdb.Error, path: str, options: dict[str, Any]) -> lmdb
     if isinstance(error, _EXPLAINED):
         return error
     wrong = _wrong_kind(path, options)
+    if wrong is None and "data format" in str(error):
+        wrong = (
+            "has a data format that this build of LMDB doesn't know: a newer LMDB has "
+            "written the file, or its first two pages are damaged."
+        )
     mismatch = isinstance(error, lmdb.VersionMismatchError)
     if wrong is None and (mismatch or isinstance(error, lmdb.InvalidError)):
         wrong = _wrong_format(path, options)
@@ -73,9 +80,9 @@ def damaged_error(file: str, problem: str) -> CorruptedError:
     if size < full:
         problem += f"; it has {size} bytes, and should have {full}"
     return CorruptedError(
-        f"{file!r} is damaged: {problem}. Write nothing more to it: copy the file, and "
-        "check the copy by `python -m lmdb verify`. Then restore a backup, or read "
-        "from the copy what can still be read."
+        f"{file!r} is damaged: {problem}. Write nothing more to it. See what is wrong "
+        "by `lmdb-object-store check`. Restore a backup, or save what can still be "
+        "read by `lmdb-object-store salvage`."
     )
 
 
@@ -92,7 +99,16 @@ def _wrong_kind(path: str, options: dict[str, Any]) -> str | None:
         return f"is a lock file of LMDB: open its directory, {os.path.dirname(path)!r}."
     if not subdir and os.path.isdir(path):
         return "is a directory: open it without subdir=False, or name a file."
+    if options.get("readonly") and _is_empty(data_path(path, options)):
+        return "has an empty data file, which only a store that writes can fill."
     return None
+
+
+def _is_empty(file: str) -> bool:
+    try:
+        return os.path.getsize(file) == 0
+    except OSError:
+        return False
 
 
 def _wrong_format(path: str, options: dict[str, Any]) -> str | None:
@@ -103,7 +119,7 @@ def _wrong_format(path: str, options: dict[str, Any]) -> str | None:
     engine, wanted = engine_of(_head(file)), options.get("lib_version", -1)
     if wanted >= 0 and engine != wanted:
         return (
-            f"was made by LMDB {_ENGINES[engine or 0]}, and lib_version={wanted} asks "
+            f"was made by LMDB {ENGINES[engine or 0]}, and lib_version={wanted} asks "
             "for another engine: leave lib_version out, and the right one is taken."
         )
     return None
@@ -130,7 +146,7 @@ def is_data_file(file: str) -> bool:
 
 
 def _kind_of(file: str) -> str:
-    if _is_lock_file(file):
+    if is_lock_file(file):
         return "a lock file of LMDB"
     head = _head(file)
     if engine_of(head) is not None:
@@ -140,13 +156,13 @@ def _kind_of(file: str) -> str:
     return "no LMDB file"
 
 
-def _is_lock_file(file: str) -> bool:
+def is_lock_file(file: str) -> bool:
     # To open and close it would give up all locks that this process has on the file.
     return os.path.basename(file) == "lock.mdb" or file.endswith("-lock")
 
 
 def _head(file: str) -> bytes:
-    if _is_lock_file(file):
+    if is_lock_file(file):
         return b""
     try:
         with open(file, "rb") as opened:

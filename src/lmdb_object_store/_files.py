@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import sys
+import time
 from contextlib import suppress
 from typing import Any, TypedDict
 
@@ -20,7 +20,7 @@ from ._diagnosis import (
     opening_error,
 )
 from ._locks import poll
-from ._pages import IS_KNOWN, DataFile
+from ._pages import IS_KNOWN, UNREADABLE, DataFile
 from .exceptions import DiskError, ReadersFullError, ReplacedError, WrongFileError
 
 Identity = tuple[int, int] | str
@@ -179,7 +179,7 @@ def open_environment(
     try:
         env.reader_check()
         if not options.get("readonly") and not env.info()["last_txnid"]:
-            _sync_directories(path, options)
+            sync_directories(path, options)
             env.sync(True)  # after them: on macOS it empties the disk's own cache
     except BaseException:
         env.close()
@@ -212,6 +212,14 @@ def _has_opened(
             if attempts == _ATTEMPTS:
                 raise
         except lmdb.Error as error:
+            if sys.platform != "linux":
+                # While `maintenance.compact` replaces the file, LMDB's named
+                # semaphores or mutexes are gone, though there is a lock file.
+                gone = getattr(error, "code", 0) == errno.ENOENT and not makes_lock
+                if gone and attempts < _ATTEMPTS and os.path.exists(lock):
+                    attempts += 1
+                    time.sleep(SLOT_PAUSE / _ATTEMPTS)
+                    continue
             better = opening_error(error, path, options)
             # The lock file of an LMDB file could be that of another process by now.
             no_data = not is_data_file(data_path(path, options))
@@ -225,14 +233,28 @@ def _has_opened(
 
 
 def _open_once(path: str, options: dict[str, Any]) -> lmdb.Environment:
-    env = lmdb.open(_encodable(path), **options)
-    try:
-        _check_kind(env, path, options)
-        _check_length(env, path, options)
-    except BaseException:
+    """Open an environment on the file that the path leads to.
+
+    1. An environment that only reads opens the data file, then its lock file.
+    2. Meanwhile a compaction puts another data file in the place of the first.
+    3. The environment would show the old file for as long as it is open.
+    """
+    file = data_path(path, options)
+    attempts = 0
+    while True:
+        attempts += 1
+        before = identity_of(file)
+        env = lmdb.open(_encodable(path), **options)
+        try:
+            _check_kind(env, path, options)
+            _check_length(env, path, options)
+        except BaseException:
+            env.close()
+            raise
+        is_same = identity_of(file) == before
+        if is_same or attempts == _ATTEMPTS or not options.get("readonly"):
+            return env
         env.close()
-        raise
-    return env
 
 
 def _encodable(path: str) -> str | bytes:
@@ -280,7 +302,7 @@ def _check_length(env: lmdb.Environment, path: str, options: dict[str, Any]) -> 
                 pages = DataFile(opened, env.lib_version()[0])
                 try:
                     missing = pages.missing_pages(size, txn.id())
-                except (struct.error, RecursionError, ValueError, OSError) as error:
+                except UNREADABLE as error:
                     raise damaged_error(file, "its list of free pages") from error
         if missing is None:
             continue  # another process has written meanwhile
@@ -303,7 +325,7 @@ def readers_full_error(path: str) -> ReadersFullError:
     )
 
 
-def _sync_directories(path: str, options: dict[str, Any]) -> None:
+def sync_directories(path: str, options: dict[str, Any]) -> None:
     """Make the entries of a new data file, and of its directory, durable."""
     file = os.path.realpath(data_path(path, options))
     for directory in {os.path.dirname(file), os.path.dirname(os.path.realpath(path))}:

@@ -302,11 +302,7 @@ class SharedStore(Source):
 
     def open_snapshot(self, snapshot: SnapshotSource) -> None:
         """Open a snapshot, which has the pending writes, too."""
-        if self.current() is not self:
-            raise BusyError(
-                f"snapshot() was called inside a transaction block of {self.path!r}, "
-                "whose changes no snapshot can have; take it before or after."
-            )
+        self._refuse_in_block("snapshot()")
         if self.writer.interrupted_here():
             raise self.writer.busy_error()
         if not self.options.get("lock", True):
@@ -318,6 +314,19 @@ class SharedStore(Source):
         if self.pending.entries or (tracker.growth_waits and not tracker.opened_here()):
             self.writer.do(self.committer.flush)
         snapshot.open()
+
+    def flush_for_copy(self) -> None:
+        """Flush what a copy is to have; raise if the path leads to another file."""
+        self._refuse_in_block("copy_to()")
+        self.writer.do(self.committer.flush)
+        self.environment.check_files()
+
+    def _refuse_in_block(self, call: str) -> None:
+        if self.current() is not self:
+            raise BusyError(
+                f"{call} was called inside a transaction block of {self.path!r}, whose "
+                "changes are not in the file yet. Call it before or after the block."
+            )
 
     # The store objects that use it
 

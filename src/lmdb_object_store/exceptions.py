@@ -96,6 +96,7 @@ class BusyError(lmdb.Error):
       closes the store or takes a snapshot.
     - Opening a file that this process is just closing, or can't open since it was
       forked at a bad moment.
+    - `maintenance.compact` of a store that a process has open.
     """
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from _typeshed import SupportsItems, SupportsKeysAndGetItem
     from typing_extensions import Self, Unpack
 
+    from ._child import Progress
+    from ._info import StoreInfo
     from .keys import KeyEncoding
     from .serializers import AnySerializer
 
@@ -713,6 +715,84 @@ class LmdbObjectStore(StoreMapping[_K, _V], MutableMapping[_K, _V]):
             return Snapshot(self._path, self._values, source)
 
         return manager(SnapshotScope(source, begin))
+
+    # The file
+
+    def info(self) -> StoreInfo:
+        """Return how large and how full the store is, and its readers. Never flushes.
+
+        Costs a few calls of the system, a look-up for each pending write, and reading
+        the list of free pages: 2 MB for each GiB that is free inside the file. Clears
+        the reader slots of killed processes. Inside a `transaction` the entries are
+        those of the block, and all else is that of the last commit.
+
+        Raises
+        ------
+        ClosedError, CorruptedError, lmdb.Error
+            The store is closed, or the file can't be read.
+        """
+        from ._info import info_of  # as in `copy_to`
+
+        entries, pending = len(self), self._source().pending.entries
+        shared = self._shared
+        environment = shared.environment
+        return info_of(environment, entries, len(pending), shared.max_map_size)
+
+    def copy_to(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        compact: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy the store to a new place, as it is at one moment of this call.
+
+        Pending writes are flushed first, and so belong to the copy. Other threads and
+        processes may read and write meanwhile, and growth does not wait. As LMDB can't
+        reuse the pages of that moment, the file grows with the writes. The copy is made
+        under a temporary name, and is on disk when it gets its final name. If this
+        process is killed, at most a file that ends with ``.part`` remains. With
+        ``lock=False`` no process may write meanwhile.
+
+        A child process reads the file, without memory that grows with the store. It
+        needs a reader slot, and the Python interpreter of this process or that of
+        `multiprocessing.set_executable`.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            A directory, which is made, or a file if the store was opened with
+            ``subdir=False``. Nothing that is there is overwritten.
+        compact : bool
+            Leave out free pages, and write all others in the order of keys. That takes
+            longer and makes a smaller file.
+        progress : callable, optional
+            Called now and then as ``progress(done, total)``, in bytes. If the call
+            raises, there is no copy.
+
+        Raises
+        ------
+        FileExistsError
+            There is a store already, or a directory with other files.
+        GrowthError, DiskError, ReadersFullError, lmdb.Error, ClosedError
+            As for `flush`, and for opening the file. DiskError or OSError also if the
+            copy can't be written.
+        ReplacedError
+            The data file was deleted or replaced.
+        CorruptedError
+            The file is damaged; see `maintenance.check`.
+        BusyError
+            Called inside a transaction block, whose changes no copy can have.
+        RuntimeError
+            The child process can't be started, or was killed.
+        """
+        from ._copying import copy  # takes long to import
+
+        self._check_open()
+        target = _checked_path(path)
+        shared = self._shared
+        shared.flush_for_copy()
+        copy(shared.environment, target, compact, progress)
 
     # Flush and close
 
