@@ -239,11 +239,11 @@ def _open_once(path: str, options: dict[str, Any]) -> lmdb.Environment:
     2. Meanwhile a compaction puts another data file in the place of the first.
     3. The environment would show the old file for as long as it is open.
     """
-    file = data_path(path, options)
+    file = data_path(path, options) if options.get("readonly") else ""
     attempts = 0
     while True:
         attempts += 1
-        before = identity_of(file)
+        before = identity_of(file) if file else None
         env = lmdb.open(_encodable(path), **options)
         try:
             _check_kind(env, path, options)
@@ -251,8 +251,7 @@ def _open_once(path: str, options: dict[str, Any]) -> lmdb.Environment:
         except BaseException:
             env.close()
             raise
-        is_same = identity_of(file) == before
-        if is_same or attempts == _ATTEMPTS or not options.get("readonly"):
+        if not file or identity_of(file) == before or attempts == _ATTEMPTS:
             return env
         env.close()
 
