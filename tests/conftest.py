@@ -359,6 +359,16 @@ def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> N
         pause.wait(0.01)
 
 
+def is_running(process: int) -> bool:
+    """Return whether a process of that number has not ended."""
+    try:
+        os.kill(process, 0)
+        status = Path(f"/proc/{process}/stat")
+        return not status.exists() or ") Z " not in status.read_text("ascii")
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
 def run_all(*actions: Callable[[], Any]) -> list[Any]:
     """Run the actions in a thread each, starting at once; return their results."""
     start = threading.Barrier(len(actions))

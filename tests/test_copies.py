@@ -11,14 +11,13 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import lmdb
 import pytest
 from lmdb.verify import verify
 
-from conftest import MOUNT, PATIENCE, eventually, needs_fork
+from conftest import MOUNT, PATIENCE, eventually, is_running, needs_fork
 from lmdb_object_store import (
     BusyError,
     ClosedError,
@@ -357,23 +356,20 @@ with LmdbObjectStore(sys.argv[1]) as store:
 """
 
 
-class commits_elsewhere:  # noqa: N801
+@contextmanager
+def commits_elsewhere(tmp_path):
     """Let another process commit as fast as it can; gives a wait for 50 commits."""
+    command = [sys.executable, "-c", COMMITS, os.fspath(tmp_path / "db")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
 
-    def __init__(self, tmp_path):
-        self._command = [sys.executable, "-c", COMMITS, os.fspath(tmp_path / "db")]
+        def wait():
+            assert process.stdout.readline()
 
-    def __enter__(self):
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE)
-        self._read()
-        return self._read
-
-    def _read(self):
-        assert self._process.stdout.readline()
-
-    def __exit__(self, *_):
-        self._process.kill()
-        self._process.communicate(timeout=PATIENCE)
+        try:
+            wait()
+            yield wait
+        finally:
+            process.kill()
 
 
 TWO_COMMITS = """
@@ -1102,16 +1098,6 @@ def test_a_directory_that_was_there_stays_without_the_copy(tmp_path, open_store)
     with pytest.raises(ZeroDivisionError):
         store.copy_to(tmp_path / "copy", progress=lambda *_: 1 / 0)
     assert names(tmp_path / "copy") == []
-
-
-def is_running(process):
-    """Return whether a process of that number has not ended."""
-    try:
-        os.kill(process, 0)
-        status = Path(f"/proc/{process}/stat")
-        return not status.exists() or ") Z " not in status.read_text("ascii")
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 @pytest.mark.one_in(2)

@@ -16,7 +16,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import MOUNT, PATIENCE, eventually, times
+from conftest import MOUNT, PATIENCE, eventually, is_running, times
 from lmdb_object_store import (
     BusyError,
     CorruptedError,
@@ -452,16 +452,6 @@ def test_a_killed_process_leaves_a_whole_file(
     assert names(path) == ["data.mdb", "lock.mdb"]
     assert content(path) == expected
     assert check(path).is_sound
-
-
-def is_running(process):
-    """Return whether a process of that number has not ended."""
-    try:
-        os.kill(process, 0)
-        status = Path(f"/proc/{process}/stat")
-        return not status.exists() or ") Z " not in status.read_text("ascii")
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 @pytest.mark.one_in(2)
