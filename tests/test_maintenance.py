@@ -897,6 +897,53 @@ def test_damage_is_found_while_another_process_writes(path, file, lib_version):
 COMMITS_AT_END = COMMITS.replace('b"%d" %', 'b"z%d" %').replace('b"n"', 'b"zz"')
 
 
+@ENGINES
+def test_a_meta_page_that_is_written_during_the_check_is_no_damage(
+    path, tmp_path_factory, monkeypatch, lib_version
+):
+    make(path, lib_version)
+    code = HALF_WRITTEN.format(head=HEADER[lib_version], page=PAGE)
+    run_in_children(code, tmp_path_factory.mktemp("children"), monkeypatch)
+    assert check(path).problems == []
+    with LmdbObjectStore(path) as store:
+        assert store[b"written meanwhile"] == 1
+
+
+# While the verifier runs for the first time, the meta page that is written next has its
+# new number, and its old root's place names a meta page; then the commit ends.
+HALF_WRITTEN = """
+import subprocess, sys
+from lmdb_object_store import _copying
+
+WRITE = "import sys; from lmdb_object_store import LmdbObjectStore\\n"
+WRITE += "with LmdbObjectStore(sys.argv[1]) as store: store[b'written meanwhile'] = 1"
+
+def half_written(file, tell, problems_of=_copying.problems_of):
+    _copying.problems_of = problems_of
+    numbers = []
+    with open(file, "r+b", buffering=0) as data:
+        for page in (0, 1):
+            data.seek(page * {page} + {head} + 24 + 104)
+            numbers.append(int.from_bytes(data.read(8), sys.byteorder))
+        place = numbers.index(min(numbers)) * {page} + {head} + 24 + 88
+        data.seek(place)
+        old = data.read(24)
+        data.seek(place)
+        data.write((1).to_bytes(8, sys.byteorder) + old[8:16])
+        data.write((max(numbers) + 1).to_bytes(8, sys.byteorder))
+        try:
+            problems = problems_of(file, tell)
+        finally:
+            data.seek(place)
+            data.write(old)
+    assert problems
+    subprocess.run([sys.executable, "-c", WRITE, file[: -len("data.mdb")]], check=True)
+    return problems
+
+_copying.problems_of = half_written
+"""
+
+
 def test_a_file_that_a_store_cannot_open_is_checked(path, file):
     with LmdbObjectStore(path, lib_version=0) as store:
         store.put_many({b"a": 1})
