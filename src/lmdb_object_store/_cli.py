@@ -79,6 +79,10 @@ the serializer of the store, which the file doesn't tell: pickle, the default, j
 bytes, a module such as msgpack, or an object of a module such as
 myapp.storage:serializer; or one around another, as in checked,compressed,json
 """
+_SPOKEN = {  # what the library's messages advise, and how that is said here
+    "open it with lock=False": "say --no-lock",
+    "the list allow=[...] of Pickle": "--allow",
+}
 _ALLOW = """\
 unpickle only plain data and these classes, functions and modules, such as
 datetime.date,myapp.User (or '' for plain data alone)
@@ -126,6 +130,12 @@ def _text_of(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, LoadError) else error
     if isinstance(cause, ModuleNotFoundError):
         text += ". (`python -m lmdb_object_store` finds those of this directory.)"
+    return _spoken(text)
+
+
+def _spoken(text: str) -> str:
+    for in_python, here in _SPOKEN.items():
+        text = text.replace(in_python, here)
     return text
 
 
@@ -439,7 +449,7 @@ def _check(options: _Options) -> int:
     state = _count(len(found), "problem") if found else "sound"
     print(f"{options.path}: {state}{read}")
     for text in found[:_SHOWN]:
-        print(f"  {text}")
+        print(f"  {_spoken(text)}")
     if found[_SHOWN:]:
         print(f"  and {len(found) - _SHOWN:,} more; --json prints all")
     return code
