@@ -1284,6 +1284,27 @@ def test_a_file_that_is_cut_off_while_it_is_open(
     assert names(tmp_path) == ["db"]
 
 
+@needs_posix
+@pytest.mark.usefixtures("_unmeasured")
+@ENGINES
+def test_a_file_that_is_cut_off_while_it_is_copied(
+    tmp_path, open_store, in_thread, hold, lib_version
+):
+    store = open_store(lib_version=lib_version)
+    fill(store)
+    file = tmp_path / "db" / "data.mdb"
+    content = file.read_bytes()
+    hold.at("pinned")
+    copying = in_thread(lambda: store.copy_to(tmp_path / "copy", compact=True))
+    hold.wait()
+    os.truncate(file, 2 * 4096)
+    hold.go_on()
+    with pytest.raises(CorruptedError, match=r"ended the process.*by SIG"):
+        copying.result()
+    file.write_bytes(content)  # this process maps the file
+    assert names(tmp_path) == ["db"]
+
+
 @pytest.mark.one_in(2)
 @ENGINES
 def test_pages_that_are_neither_in_use_nor_free(tmp_path, with_long_list, lib_version):
