@@ -1126,6 +1126,7 @@ from lmdb_object_store import LmdbObjectStore
 store = LmdbObjectStore("db", subdir=False)
 def fork(done, total):
     if sys.argv[2] == "forks" and not os.fork():
+        os.write(1, b"forked\\n")
         sys.stdin.read()
         os._exit(0)
 store.copy_to("copy", compact=sys.argv[1] == "True", progress=fork)
@@ -1159,8 +1160,9 @@ def test_a_forked_process_that_lives_on_keeps_no_copy_going(tmp_path, open_store
     hold.at("copied")
     command = [sys.executable, "-c", COPIES, "False", "forks"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe) as process:
         child = hold.wait()
+        assert process.stdout.readline() == b"forked\n"
         process.kill()
         eventually(lambda: not is_running(child), 5)
     assert names(tmp_path) == ["db", "db-lock"]
