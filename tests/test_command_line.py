@@ -451,7 +451,7 @@ def test_what_is_no_store_is_told(call, told):
     assert "There is no data file" in told("check", "nothing")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+@needs_posix
 def test_a_file_that_may_only_be_read(printed, told):
     with tempfile.TemporaryDirectory() as folder:
         db = Path(folder, "db")
