@@ -27,6 +27,7 @@ PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 needs_sigterm = pytest.mark.skipif(
     os.name == "nt", reason="Windows has no SIGTERM to send"
 )

@@ -21,13 +21,12 @@ import lmdb
 import pytest
 
 import lmdb_object_store
-from conftest import eventually
+from conftest import eventually, needs_posix
 from lmdb_object_store import LmdbObjectStore
 from lmdb_object_store._cli import main
 from lmdb_object_store.keys import TupleKeys
 from lmdb_object_store.serializers import Bytes, Checked, Compressed, Json, Pickle
 
-needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 NAME = "lmdb-object-store"
 COMMAND = [sys.executable, "-m", "lmdb_object_store"]
 

@@ -17,7 +17,17 @@ import lmdb
 import pytest
 from lmdb.verify import verify
 
-from conftest import MOUNT, PATIENCE, eventually, is_running, needs_fork
+from conftest import MOUNT, PATIENCE, eventually, is_running, needs_fork, needs_posix
+from data_files import (
+    DAMAGE,
+    HEADER,
+    content,
+    damage_pages,
+    names,
+    once,
+    report_to,
+    run_in_children,
+)
 from lmdb_object_store import (
     BusyError,
     ClosedError,
@@ -37,9 +47,7 @@ PINS = "_pin"  # the function of the child that pins the moment of a copy
 LINUX = sys.platform == "linux"
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 KINDS = pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
-needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 MIB = 2**20
-HEADER = {0: 16, 1: 24}  # bytes before the content of a page, by engine
 
 
 def fill(store, count=300):
@@ -52,11 +60,6 @@ def fill(store, count=300):
     store.delete(b"00004")
 
 
-def content(path, **options):
-    with LmdbObjectStore(path, readonly=True, **options) as store:
-        return dict(store.items())
-
-
 def is_usable(path, **options):
     """Return whether LMDB's auditor likes a copy, before and after writes to it."""
     problems = verify(os.fspath(path), **options)
@@ -67,10 +70,6 @@ def is_usable(path, **options):
         assert store.info().last_transaction == before + 5
         store.delete_many(store.keys(prefix=b"new"))
     return not problems and not verify(os.fspath(path), **options)
-
-
-def names(path):
-    return sorted(os.listdir(path))
 
 
 # Figures
@@ -480,10 +479,6 @@ def test_a_copy_of_large_values(tmp_path, open_store, lib_version, compact):
     assert is_usable(tmp_path / "copy")
 
 
-def report_to(reports):
-    return lambda done, total: reports.append((done, total))
-
-
 @pytest.mark.one_in(2)
 @ENGINES
 @KINDS
@@ -599,18 +594,6 @@ def test_a_long_compaction_tells_how_far_it_is(tmp_path, open_store, in_children
 
 
 # While the store is in use
-
-
-def once(action):
-    """Return a `progress` that does `action` when it is called first."""
-    done = []
-
-    def progress(*_):
-        if not done:
-            done.append(True)
-            action()
-
-    return progress
 
 
 @pytest.mark.one_in(4)
@@ -766,13 +749,6 @@ def fsync(descriptor):
 dump_now, pickle.dump = pickle.dump, dump
 sync_now, os.fsync = os.fsync, fsync
 """
-
-
-def run_in_children(code, folder, monkeypatch):
-    """Let all interpreters that are started run some code first."""
-    (folder / "sitecustomize.py").write_text(code)
-    path = [os.fspath(folder), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
 
 
 class Hold:
@@ -1229,28 +1205,6 @@ def test_a_file_size_limit_is_told_of(run, lib_version, compact):
 
 
 # Damage
-
-
-DAMAGE = pytest.mark.parametrize(
-    "damage",
-    [
-        lambda _: bytes(4096),
-        lambda _: b"\xff" * 4096,
-        lambda _: b"\1" * 4096,
-        lambda chance: chance.randbytes(4096),
-    ],
-    ids=["zeros", "ff", "01", "random"],
-)
-
-
-def damage_pages(path, pages, damage):
-    """Overwrite pages, and return the new content of the file."""
-    content = bytearray(path.read_bytes())
-    chance = random.Random(1)
-    for page in pages:
-        content[page * 4096 : (page + 1) * 4096] = damage(chance)
-    path.write_bytes(content)
-    return bytes(content)
 
 
 @pytest.mark.one_in(4)

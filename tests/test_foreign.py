@@ -16,7 +16,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import PATIENCE, eventually
+from conftest import PATIENCE, eventually, needs_posix
 from lmdb_object_store import (
     CorruptedError,
     GrowthError,
@@ -31,7 +31,6 @@ from moments import at_call, is_method
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
 HEADER = {0: 16, 1: 24}  # bytes before the content of a page, by engine
 LARGE = 300 * 2**10
-needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
 
 def data_file(tmp_path):

@@ -16,7 +16,18 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from conftest import MOUNT, PATIENCE, eventually, is_running, times
+from conftest import MOUNT, PATIENCE, eventually, is_running, needs_posix, times
+from data_files import (
+    DAMAGE,
+    HEADER,
+    PAGE,
+    content,
+    damage_pages,
+    names,
+    once,
+    report_to,
+    run_in_children,
+)
 from lmdb_object_store import (
     BusyError,
     CorruptedError,
@@ -28,10 +39,7 @@ from lmdb_object_store.maintenance import check, compact, salvage
 from lmdb_object_store.serializers import Bytes, Checked, Json, Pickle
 
 ENGINES = pytest.mark.parametrize("lib_version", [0, 1])
-needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 MIB = 2**20
-PAGE = 4096
-HEADER = {0: 16, 1: 24}  # bytes before the content of a page, by engine
 
 
 @pytest.fixture
@@ -56,31 +64,6 @@ def make(path, lib_version=0, count=1000, **options):
         store.delete_many(store.keys(prefix=b"gone"))
         store.put_many({b"last": count})
         return dict(store.items())
-
-
-def content(path, **options):
-    with LmdbObjectStore(path, readonly=True, **options) as store:
-        return dict(store.items())
-
-
-def names(path):
-    return sorted(os.listdir(path))
-
-
-def once(action):
-    """Return a `progress` that does `action` when it is called first."""
-    done = []
-
-    def progress(*_):
-        if not done:
-            done.append(True)
-            action()
-
-    return progress
-
-
-def report_to(reports):
-    return lambda done, total: reports.append((done, total))
 
 
 def assert_in_order(reports):
@@ -322,13 +305,6 @@ os.fsync = fsync
 """
 
 
-def run_in_children(code, folder, monkeypatch):
-    """Let all interpreters that are started run some code first."""
-    (folder / "sitecustomize.py").write_text(code)
-    path = [os.fspath(folder), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
-
-
 class Hold:
     def __init__(self, folder):
         self._held = folder / "held"
@@ -509,28 +485,6 @@ def test_a_callback_that_raises_leaves_the_file(path, file, error):
         compact(path, progress=progress)
     assert file.read_bytes() == before
     assert names(path) == ["data.mdb", "lock.mdb"]
-
-
-DAMAGE = pytest.mark.parametrize(
-    "damage",
-    [
-        lambda _: bytes(PAGE),
-        lambda _: b"\xff" * PAGE,
-        lambda _: b"\1" * PAGE,
-        lambda chance: chance.randbytes(PAGE),
-    ],
-    ids=["zeros", "ff", "01", "random"],
-)
-
-
-def damage_pages(file, pages, damage):
-    """Overwrite pages, and return the new content of the file."""
-    raw = bytearray(file.read_bytes())
-    chance = random.Random(1)
-    for page in pages:
-        raw[page * PAGE : (page + 1) * PAGE] = damage(chance)
-    file.write_bytes(raw)
-    return bytes(raw)
 
 
 @pytest.mark.one_in(4)
